@@ -1,0 +1,42 @@
+# Two commands matter: `make quickstart` and `make test`. Each sets up .venv by itself.
+#   PYTHON=python3.11        the interpreter that .venv is made from
+#   TORCH_INDEX_URL=...      an index of PyTorch's CPU wheels, where pip would otherwise take the CUDA build
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_FLAGS := --quiet --quiet --disable-pip-version-check --no-deps $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+
+.PHONY: setup quickstart gsm8k test test-all test-core-versions gates clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements/cpu.txt pyproject.toml
+	@echo "Installing the locked environment into $(VENV) (3.5 GB, about two minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install $(PIP_FLAGS) -r requirements/cpu.txt
+	@$(BIN)/pip install $(PIP_FLAGS) --no-build-isolation --editable .
+	@touch $@
+
+quickstart: setup
+	@launch/quickstart.sh
+
+gsm8k: setup
+	@launch/gsm8k.sh
+
+gates: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: gates
+	$(BIN)/pytest -m "not slow"
+
+test-all: gates
+	$(BIN)/pytest
+
+test-core-versions: setup
+	@tools/test_core_versions.sh
+
+clean:
+	rm -rf $(VENV) .cores runs

@@ -1,0 +1,171 @@
+"""`megatron-rl convert`: a Hugging Face checkpoint to a Megatron one, and back, in one process.
+
+A Megatron checkpoint in torch_dist format stores whole tensors, whatever the layout that wrote them, so the model is
+built here once, whole, without gradients or optimizer, and core reads or writes it at tensor- and pipeline-parallel
+size 1. What the tensors are on the other side comes from the family's table, as everywhere.
+
+A converted checkpoint has the shape of a run's (`iter_0000000` and the tracker file), but holds a model only. A run's
+checkpoint is read as well, of its content only the model's tensors and what core stores once for all ranks.
+
+The model takes the memory of its weights once: on the GPU if there is one, else (CUDA_VISIBLE_DEVICES= ) on the host.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from torch import Tensor
+
+from megatron_rl.checkpoint.hf_export import checkpoint_dtype
+from megatron_rl.checkpoint.integrity import CheckpointError, check_files, loading
+from megatron_rl.checkpoint.training_state import LATEST, iteration_folder, latest_step
+from megatron_rl.config.errors import UserError
+from megatron_rl.config.hf_checkpoint import check_weights, read_json_object, read_model_shape
+from megatron_rl.config.schema import ParallelConfig
+from megatron_rl.device import distributed_backend
+from megatron_rl.engine.initialize import finalize, initialize
+from megatron_rl.models.build import build_gpt_model, transformer_config
+from megatron_rl.models.families import family_of
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.weights.gather import HFTensorIterator
+from megatron_rl.weights.hf_files import HFCheckpointReader, write_hf_checkpoint
+from megatron_rl.weights.local_shards import check_table, local_parameters
+
+# Names in the checkpoint begin with a part of GPTModel; the optimizer's begin with "optimizer.".
+_MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
+_EMBEDDING, _OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
+_BUCKET_BYTES = 1 << 30
+
+
+class _WholeModel:
+    """A model in this process, in the dtype of its Hugging Face checkpoint, its weights not yet set."""
+
+    def __init__(self, hf: dict[str, Any]) -> None:
+        self.maps = family_of(hf).tensor_maps(hf)
+        self.dtype = checkpoint_dtype(hf)
+        config = transformer_config(hf, dtype=self.dtype, overrides={"perform_initialization": False})
+        # Transformer Engine's layers store the same tensors under the same names.
+        self.gpt = build_gpt_model(hf, config, use_transformer_engine=False, pre_process=True, post_process=True)
+        self.parameters = local_parameters([self.gpt])
+        check_table(self.parameters, self.maps, 0, 1)
+
+    def sharded_tensors(self) -> dict[str, Any]:
+        """Core's description of every weight. Core's `_extra_state` entries, of FP8 layers, are not among them."""
+        entries = self.gpt.sharded_state_dict()
+        return {name: entry for name, entry in entries.items() if not name.endswith("_extra_state")}
+
+
+def hf_to_megatron(*, hf_path: Path, output: Path) -> None:
+    """Write the Megatron checkpoint of a Hugging Face one.
+
+    Args:
+        hf_path: folder of a Hugging Face checkpoint.
+        output: folder to create; it appears when it is complete.
+
+    Raises:
+        UserError: `output` has something in it; the checkpoint is not one of a supported model, or its files are
+            missing, damaged or not what config.json says.
+    """
+    _refuse_occupied(output)
+    hf = _read_config(hf_path)
+    check_weights(hf_path, "--hf-path")
+    with _world_of_one(), torch.no_grad():
+        model = _WholeModel(hf)
+        reader = HFCheckpointReader(hf_path)
+        reader.check(model.maps)
+        for tensor_map in model.maps:
+            reader.read_shard(tensor_map, 0, 1, model.parameters[tensor_map.name])
+        partial = output.with_name(f".{output.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        folder = iteration_folder(partial, 0)
+        folder.mkdir(parents=True)
+        dist_checkpointing.save({"model": model.sharded_tensors()}, str(folder))
+        (partial / LATEST).write_text("0\n")
+        os.replace(partial, output)
+
+
+def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path) -> None:
+    """Write the Hugging Face checkpoint of a Megatron one.
+
+    Core unpickles parts of a Megatron checkpoint, so one from a stranger is to be distrusted like a program.
+
+    Args:
+        checkpoint: folder with `latest_checkpointed_iteration.txt`, whose latest iteration is taken, or the folder of
+            one iteration; of any parallel layout, with or without training state.
+        hf_path: Hugging Face checkpoint of the same architecture; its config, tokenizer and other files are copied,
+            and config.json says in which dtype the weights are written.
+        output: folder to create; it appears when it is complete.
+
+    Raises:
+        UserError: `output` has something in it; a checkpoint's files are missing, damaged or do not fit config.json.
+    """
+    _refuse_occupied(output)
+    hf = _read_config(hf_path)
+    folder = _iteration(checkpoint)
+    shapes = check_files(folder)
+    with _world_of_one() as groups, torch.no_grad():
+        model = _WholeModel(hf)
+        template = model.sharded_tensors()
+        _check_model(folder, shapes, template, hf)
+        with loading(folder):
+            loaded: dict[str, Tensor] = dist_checkpointing.load({"model": template}, str(folder))["model"]
+        for name, parameter in model.gpt.named_parameters():
+            parameter.copy_(loaded[name])
+        tensors = HFTensorIterator(model.parameters, model.maps, groups, dtype=model.dtype, bucket_bytes=_BUCKET_BYTES)
+        write_hf_checkpoint(output, tensors, source=hf_path)
+
+
+@contextmanager
+def _world_of_one() -> Iterator[Groups]:
+    """torch.distributed and Megatron's groups, with this process as the only rank."""
+    assert not dist.is_initialized(), "a conversion makes a world of its own"
+    dist.init_process_group(distributed_backend(), store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield initialize(ParallelConfig(), seed=0)
+    finally:
+        finalize()
+
+
+def _read_config(hf_path: Path) -> dict[str, Any]:
+    read_model_shape(hf_path, "--hf-path")  # says which size is missing
+    return read_json_object(hf_path / "config.json", "--hf-path")
+
+
+def _refuse_occupied(output: Path) -> None:
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output: given '{output}', which exists; allowed: a new or an empty folder")
+
+
+def _iteration(checkpoint: Path) -> Path:
+    """The folder of one iteration that the user means."""
+    if (checkpoint / "metadata.json").is_file():
+        return checkpoint
+    step = latest_step(checkpoint)
+    if step is None:
+        raise CheckpointError(
+            f"--checkpoint: given '{checkpoint}'; allowed: a folder with {LATEST}, or an iteration's with metadata.json"
+        )
+    return iteration_folder(checkpoint, step)
+
+
+def _check_model(
+    folder: Path, shapes: dict[str, tuple[int, ...]], template: dict[str, Any], hf: dict[str, Any]
+) -> None:
+    """Raise CheckpointError unless the checkpoint holds the model of config.json, no tensor more or less."""
+    # One description can stand for a part of a tensor, or for a factory of such parts.
+    expected = {entry.key for entry in template.values()}
+    stored = {name for name in shapes if name.startswith(_MODEL_PARTS)}
+    for names, what in ((expected - stored, "is missing"), (stored - expected, "is unknown to the model")):
+        if names:
+            raise CheckpointError(f"{folder}: tensor '{min(names)}' {what} of config.json")
+    # Core compares all shapes but these, which the parallel size of the run has padded.
+    for name in {_EMBEDDING, _OUTPUT_LAYER} & stored:
+        if shapes[name][0] < hf["vocab_size"] or shapes[name][1] != hf["hidden_size"]:
+            expected_shape = (hf["vocab_size"], hf["hidden_size"])
+            raise CheckpointError(f"{folder}: tensor '{name}' has shape {shapes[name]}, config.json {expected_shape}")

@@ -1,0 +1,82 @@
+"""Whether this process is one of the ranks, and the variables that `torch.distributed` joins them by.
+
+torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. srun sets its own variables, from which the
+same five follow with no message between the ranks. Functions take the environment as an argument and return values.
+"""
+
+import re
+import socket
+from collections.abc import Mapping
+
+from megatron_rl.config.errors import UserError
+
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class EnvironmentVariableError(UserError):
+    """The launcher's variables contradict each other or are missing."""
+
+
+def rank_variables(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of this process; None if it is no rank.
+
+    A batch script has SLURM_PROCID and SLURM_NTASKS too, though it is no task: only srun sets SLURM_STEP_NUM_TASKS.
+
+    Raises:
+        EnvironmentVariableError: a variable is missing or no number.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        given = {name: environment[name] for name in _VARIABLES if name in environment}
+        if missing := [name for name in _VARIABLES if name not in given]:
+            raise EnvironmentVariableError(f"{', '.join(missing)}: not set, though {', '.join(given)} is")
+        rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+        if rank >= world_size:
+            raise EnvironmentVariableError(f"RANK: given {rank}, allowed: less than WORLD_SIZE {world_size}")
+        return given
+    if "SLURM_PROCID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS", default=1) > 1:
+        return _from_slurm(environment)
+    return None
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_of_this_machine(rank: int, num_ranks: int, master_port: int) -> dict[str, str]:
+    """The variables of a rank whose world is all on this machine."""
+    values = (rank, rank, num_ranks, "127.0.0.1", master_port)
+    return {name: str(value) for name, value in zip(_VARIABLES, values, strict=True)}
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a Slurm node list: 'gpu[003-007,9]-ib,login' -> 'gpu003-ib'. Needs no scontrol in a container."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    if first is None:
+        raise EnvironmentVariableError(f"SLURM_STEP_NODELIST: given '{nodelist}', allowed: a Slurm node list")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first.group())
+
+
+def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    nodelist = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if not nodelist:
+        raise EnvironmentVariableError("SLURM_STEP_NODELIST: not set, though SLURM_PROCID is")
+    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", default=0)
+    return {
+        "RANK": str(_number(environment, "SLURM_PROCID")),
+        "LOCAL_RANK": str(_number(environment, "SLURM_LOCALID")),
+        "WORLD_SIZE": str(_number(environment, "SLURM_STEP_NUM_TASKS")),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(nodelist),
+        # Every task computes the same port; jobs that share a node, and steps of one job, differ. Below 32768, where
+        # Linux starts to take ports for outgoing connections.
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + (job * 31 + step) % 12000),
+    }
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = environment.get(name, "" if default is None else str(default))
+    if not value.isdecimal():
+        raise EnvironmentVariableError(f"{name}: given '{value}', allowed: a number >= 0")
+    return int(value)

@@ -1,0 +1,139 @@
+"""What `train` and `evaluate` share: check everything that can be checked, then be a rank or start the ranks.
+
+    started by torchrun or srun   this process is one of the ranks
+    else, a layout of one rank    this process is that rank
+    else                          start the ranks on this machine
+
+A mistake is thus found before any process starts, or, among ranks that others started, by all of them alike before
+they wait for each other.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.cli.launch_local import launch
+from megatron_rl.cli.rank_environment import free_port, rank_of_this_machine, rank_variables
+from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import Config, Recipe
+from megatron_rl.config.validate import longest_sequence, validate
+from megatron_rl.data.datasets import load_prompts, load_sft
+from megatron_rl.data.files import read_rows
+from megatron_rl.placement.layout import Layout, layout_of
+from megatron_rl.rewards.registry import resolve_rewards
+from megatron_rl.trainer.run_directory import RunDirectory
+from megatron_rl.trainer.tokenizer import load_tokenizer
+
+# Told to the ranks that are started here, so that not each of them reads all data twice.
+_DATA_CHECKED = "--data-checked"
+
+Work = Callable[[Config, Layout], object]
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a configuration."""
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file, for example configs/recipes/*.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="for example train.num_steps=10")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and say what would run")
+    parser.add_argument(_DATA_CHECKED, action="store_true", help=argparse.SUPPRESS)
+
+
+def start(arguments: argparse.Namespace, import_work: Callable[[], Work], *, command: str, evaluates: bool) -> int:
+    """Do a command's work on the ranks of its configuration, and return the exit code.
+
+    Args:
+        arguments: of `add_config_arguments`.
+        import_work: imports, in a rank alone, what runs there; it takes seconds.
+        command: its name on the command line, with which the ranks are started.
+        evaluates: whether it evaluates and does not train.
+
+    Raises:
+        UserError: the configuration, the checkpoint, the data or the rewards cannot be used.
+    """
+    config = load_config(arguments.config, arguments.overrides)
+    if evaluates and config.data.eval is None:
+        raise ConfigError(f"data.eval: given null, allowed: a file, for {command}")
+    variables = rank_variables(os.environ)
+    world_size = int(variables["WORLD_SIZE"]) if variables else None
+    validate(config, world_size=world_size, evaluates=evaluates)
+    resolve_rewards(config.rewards)
+    layout = layout_of(config, world_size)
+    rows = {} if arguments.data_checked else check_data(config, as_prompts=evaluates or config.recipe is Recipe.rl)
+    if arguments.dry_run:
+        print(_summary(config, layout, rows))
+        return 0
+    is_first = (variables or {"RANK": "0"})["RANK"] == "0"
+    if is_first and not evaluates and not arguments.data_checked:  # engines take a while to start before the first bar
+        print(f"{Path(config.output_dir) / config.name}: {config.recipe.name} on {_ranks(layout)}", flush=True)
+    if variables is None and layout.world_size > 1:
+        rank_command = [sys.executable, "-m", "megatron_rl", command, _DATA_CHECKED, str(arguments.config)]
+        logs = RunDirectory(Path(config.output_dir) / config.name).logs_dir
+        return launch([*rank_command, *arguments.overrides], num_ranks=layout.world_size, logs=logs)
+    os.environ.update(variables or rank_of_this_machine(0, 1, free_port()))
+    import_work()(config, layout)
+    return 0
+
+
+def check_data(config: Config, *, as_prompts: bool) -> dict[str, int]:
+    """Read and tokenise all data as the run will; return the number of rows of each file.
+
+    Args:
+        config: validated.
+        as_prompts: whether the rows are prompts to complete, or prompts with responses to learn.
+
+    Raises:
+        DataError: a row cannot be used; it is named by file and line.
+    """
+    files = [file for file in (config.data.train, config.data.eval) if file is not None]
+    for file in files:  # before importing transformers, which takes seconds that a typo in a line need not wait
+        for _ in read_rows(file, config.data.format):
+            pass
+    tokenizer, rows = _tokenizer(Path(config.model.hf_path)), {}
+    for file in files:
+        if as_prompts:
+            limit = config.data.max_prompt_tokens
+            rows[file] = len(load_prompts(file, config.data, tokenizer, max_prompt_tokens=limit))
+        else:
+            rows[file] = len(load_sft(file, config.data, tokenizer, max_tokens=longest_sequence(config)))
+    return rows
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, where possible by a class that is imported in a fifth of AutoTokenizer's time."""
+    if not (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder)
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.hf_path: no readable tokenizer in '{folder}': {reason}") from error
+
+
+def _ranks(layout: Layout) -> str:
+    tp, pp, dp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.data_parallel_size
+    return f"{layout.world_size} ranks = tensor {tp} x pipeline {pp} x data {dp}"
+
+
+def _summary(config: Config, layout: Layout, rows: dict[str, int]) -> str:
+    lines = [
+        f"run      {Path(config.output_dir) / config.name}",
+        f"recipe   {config.recipe.name}, {config.train.num_steps} steps",
+        f"model    {config.model.hf_path}",
+        *(f"data     {file}, {count} rows" for file, count in rows.items()),
+        f"layout   {_ranks(layout)}",
+    ]
+    if config.recipe is Recipe.rl:
+        rollout = config.rollout
+        lines += [
+            f"engines  {layout.num_engines} of {layout.engine_size} ranks",
+            f"step     {rollout.num_prompts_per_step} prompts x {rollout.num_samples_per_prompt} samples",
+        ]
+    else:
+        lines.append(f"step     {config.train.global_batch_size} samples")
+    return "\n".join([*lines, f"length   at most {longest_sequence(config)} tokens of prompt and response"])

@@ -1,0 +1,389 @@
+"""The typed schema of a run's configuration: one dataclass per owner, a docstring under every field.
+
+A field's type and default are declared here and nowhere else; what a combination of fields may not be is said in
+`validate.py`. Megatron's arguments keep Megatron's names. Batch sizes say what they count.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Recipe(Enum):
+    """What kind of training a run is."""
+
+    rl = "rl"
+    sft = "sft"
+
+
+class Aggregation(Enum):
+    """How per-token losses become one number; see `algorithms/aggregation.py`."""
+
+    token_mean = "token_mean"
+    sequence_mean_token_mean = "sequence_mean_token_mean"
+    sequence_mean_token_sum = "sequence_mean_token_sum"
+    token_sum_norm = "token_sum_norm"
+
+
+class KLEstimator(Enum):
+    """Estimators of KL(policy || reference) from samples of the policy; see `algorithms/kl.py`."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class KLPlace(Enum):
+    """Where the KL penalty enters: added to the loss, or subtracted from the reward."""
+
+    loss = "loss"
+    reward = "reward"
+
+
+class LRDecayStyle(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    exponential = "exponential"
+
+
+class Dtype(Enum):
+    """Dtype of the model's parameters and activations."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class LayerSpec(Enum):
+    """Implementation of the transformer layer."""
+
+    auto = "auto"
+    portable = "portable"
+    transformer_engine = "transformer_engine"
+
+
+class NonFinite(Enum):
+    """What to do when the loss or the gradient norm is not finite."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+@dataclass
+class ModelConfig:
+    """The policy."""
+
+    hf_path: str = MISSING
+    """Folder of a Hugging Face checkpoint: config.json, *.safetensors, tokenizer files."""
+    load_weights: bool = True
+    """False starts from random weights, drawn from `seed`; only config.json and the tokenizer are read."""
+    params_dtype: Dtype = Dtype.bfloat16
+    """Dtype of parameters and activations; log-probs, losses and the optimizer's state are float32 always."""
+    layer_spec: LayerSpec = LayerSpec.auto
+    """auto takes Transformer Engine where it is installed and a GPU is present, else the portable layers."""
+    recompute_granularity: str | None = None
+    """Activation recomputation: null, 'selective' (core attention) or 'full' (whole layers)."""
+    recompute_method: str | None = None
+    """With 'full': 'uniform' or 'block'."""
+    recompute_num_layers: int | None = None
+    """With 'full': layers per recomputed unit ('uniform'), or recomputed layers per stage ('block')."""
+    transformer_config: dict[str, Any] = field(default_factory=dict)
+    """Any further field of Megatron's TransformerConfig, by its own name. Overrides what the checkpoint says."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the training ranks share the model and the batch."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that split every layer's matrices."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that split the layers."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks by sequence; needs tensor_model_parallel_size > 1."""
+    data_parallel_size: int | None = None
+    """Replicas. null: what the started ranks leave (1 when `megatron-rl train` starts them itself)."""
+    distributed_timeout_minutes: int = 10
+    """Limit of any collective wait."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW through Megatron's (distributed) optimizer, and its schedule."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: LRDecayStyle = LRDecayStyle.constant
+    """Shape of the learning rate after warm-up."""
+    lr_warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from 0."""
+    lr_decay_steps: int | None = None
+    """Optimizer steps until min_lr; null: the whole run."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Global gradient norm is clipped to this; 0 turns clipping off."""
+    use_distributed_optimizer: bool = True
+    """Shard the optimizer's state over the data-parallel ranks."""
+    on_non_finite: NonFinite = NonFinite.stop
+    """What to do when the loss or the gradient norm is not finite: stop the run, or skip the update and count it."""
+
+
+@dataclass
+class DataConfig:
+    """Training and evaluation data: JSONL or Parquet files."""
+
+    train: str | None = None
+    """Training file. RL: `prompt` (and `answer`). SFT: `prompt` and `response`."""
+    eval: str | None = None
+    """Held-out file, of the same form; null: no evaluation."""
+    prompt_key: str = "prompt"
+    """Field with the prompt: a string, or a list of chat messages {role, content}."""
+    answer_key: str = "answer"
+    """Field with the reference answer that rewards see."""
+    response_key: str = "response"
+    """Field with the target text of SFT."""
+    format: str = "jsonl"
+    """'jsonl', 'parquet', or 'gsm8k' (JSONL with `question` and `answer` ending in `#### n`)."""
+    system_prompt: str | None = None
+    """Prepended as a system message, if set; makes string prompts chat messages."""
+    apply_chat_template: bool | None = None
+    """null: the tokenizer's chat template is used for message lists and not for strings. true, false: force it."""
+    prompt_template: str | None = None
+    """A Python format string around string prompts, e.g. 'Question: {prompt}\\nAnswer:'."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are an error, named by file and line."""
+    shuffle: bool = True
+    """Draw the training rows in an order shuffled anew each epoch, from `seed`."""
+
+
+@dataclass
+class SamplingConfig:
+    """How completions are sampled in training rollouts."""
+
+    temperature: float = 1.0
+    """Divides the logits. Rollout and training log-probs both use it."""
+    max_response_tokens: int = 256
+    """Completions are cut here, with finish reason 'length'."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion, besides the end-of-sequence token."""
+
+
+@dataclass
+class RolloutConfig:
+    """Generation with vLLM inside the training ranks."""
+
+    num_prompts_per_step: int = 16
+    """Prompts of one training step."""
+    num_samples_per_prompt: int = 8
+    """Completions of each prompt: the size of a group."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share one engine; the training ranks are divided into engines of this size."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How completions are sampled."""
+    max_model_len: int | None = None
+    """Longest prompt + completion of the engine; null: data.max_prompt_tokens + sampling.max_response_tokens."""
+    max_num_seqs: int = 256
+    """Sequences that an engine decodes at once."""
+    kv_cache_gigabytes: float = 0.25
+    """Key-value cache of each rank on a CPU."""
+    gpu_memory_utilization: float = 0.5
+    """Part of a GPU's memory for the engine."""
+    enforce_eager: bool = True
+    """False lets vLLM compile and capture graphs: slower start, faster decoding."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's engine, by its own names."""
+
+
+@dataclass
+class SyncConfig:
+    """Sending the policy's weights to the engines."""
+
+    bucket_megabytes: float = 256.0
+    """Weights travel in buckets of at most this size (a single larger tensor travels alone)."""
+    verify: bool = False
+    """After each sync, compare the engine's log-probs on probe tokens with the policy's and stop if they differ."""
+    verify_tolerance: float = 1e-3
+    """Largest log-prob difference that `verify` accepts, nats; for bfloat16 about 0.1."""
+
+
+@dataclass
+class RewardFunctionConfig:
+    """One reward function."""
+
+    name: str = MISSING
+    """A built-in reward, or a dotted path 'package.module:function'."""
+    weight: float = 1.0
+    """Factor of this reward in the total."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments bound to the function."""
+
+
+@dataclass
+class RewardsConfig:
+    """Scores of completions; the total is the weighted sum."""
+
+    functions: list[RewardFunctionConfig] = field(default_factory=list)
+    """The reward functions."""
+
+
+@dataclass
+class AdvantageConfig:
+    """From rewards to advantages."""
+
+    normalize_by_std: bool = True
+    """GRPO divides by the group's standard deviation; Dr.GRPO does not."""
+    std_epsilon: float = 1e-6
+    """Added to the standard deviation."""
+
+
+@dataclass
+class PolicyLossConfig:
+    """The clipped surrogate."""
+
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = None
+    """For negative advantages the loss is bounded by dual_clip * |advantage|; > 1. null: no bound."""
+
+
+@dataclass
+class KLConfig:
+    """Penalty for leaving the reference policy, which is the model the run started from."""
+
+    coefficient: float = 0.0
+    """0: no reference policy is kept."""
+    estimator: KLEstimator = KLEstimator.k3
+    """Estimator of the KL from samples."""
+    place: KLPlace = KLPlace.loss
+    """In the loss, or in the reward."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """The objective: independent choices, of which named algorithms are presets (configs/algorithms)."""
+
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    """From rewards to advantages."""
+    policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    """The clipped surrogate."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    """Penalty for leaving the reference policy."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    aggregation: Aggregation = Aggregation.token_mean
+    """How per-token losses become one number."""
+    token_sum_norm: float | None = None
+    """Tokens per sequence that 'token_sum_norm' divides by; null: sampling.max_response_tokens."""
+
+
+@dataclass
+class TrainConfig:
+    """Length of the run and size of its steps."""
+
+    num_steps: int = 100
+    """RL: rollout steps. SFT: optimizer steps."""
+    global_batch_size: int | None = None
+    """Samples of one optimizer step. RL: null takes all samples of the rollout step (exactly on-policy)."""
+    num_epochs_per_step: int = 1
+    """RL: passes over each rollout batch."""
+    micro_batch_tokens: int = 8192
+    """Tokens of one packed row; longer single sequences get a row of their own."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Training state on disk."""
+
+    save_interval: int = 50
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: int | None = None
+    """Keep this many newest checkpoints; null: all."""
+    export_hf: bool = True
+    """Write the final policy as a Hugging Face checkpoint to hf/."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation on data.eval with vLLM."""
+
+    interval: int = 0
+    """Steps between evaluations; 0: only before and after training."""
+    name: str = "heldout"
+    """Name in the metrics: eval/<name>/accuracy."""
+    num_samples_per_prompt: int = 1
+    """k of pass@k; 1 with temperature 0 is greedy accuracy."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus of the sampling."""
+    max_prompts: int | None = None
+    """Evaluate the first this many prompts; null: all."""
+    correct_reward: str | None = None
+    """The reward that decides correctness (value >= 1); null: the first of rewards.functions."""
+
+
+@dataclass
+class LoggingConfig:
+    """What a run shows."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to <run>/tensorboard."""
+    wandb_project: str | None = None
+    """Log to this Weights & Biases project, if set."""
+    num_logged_rollouts: int = 8
+    """Sample rollouts written per step."""
+    progress: bool = True
+    """Progress bars with ETA."""
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    name: str = MISSING
+    """Name of the run: its folder below output_dir."""
+    recipe: Recipe = Recipe.rl
+    """rl or sft."""
+    seed: int = 1234
+    """Seed of data order, sampling and initialisation."""
+    output_dir: str = "runs"
+    """Parent of the run's folder."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The policy."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the training ranks share the model and the batch."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and schedule."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and evaluation data."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Generation."""
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    """Weights to the engines."""
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    """Scores."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """The objective."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length and sizes."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Training state on disk."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out evaluation."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """What a run shows."""

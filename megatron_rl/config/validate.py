@@ -1,0 +1,288 @@
+"""What a configuration may not be, decided before any process starts. Pure but for reading files; no torch.
+
+    validate = check_values   numbers and their combinations, from the configuration alone
+             + check_model    the layout against the sizes in the checkpoint's config.json
+             + check_files    the checkpoint's weights and tokenizer, the data files
+
+The first mistake is raised, as one line with the key, what was given and what is allowed. What needs a tokenizer (rows
+of the data) or user code (rewards) is checked where it is loaded.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.hf_checkpoint import (
+    SUPPORTED_ARCHITECTURES,
+    ModelShape,
+    check_tokenizer,
+    check_weights,
+    read_model_shape,
+)
+from megatron_rl.config.load import shown
+from megatron_rl.config.ranges import check_ranges
+from megatron_rl.config.schema import Aggregation, Config, LRDecayStyle, ParallelConfig, Recipe
+
+_DATA_FORMATS = ("jsonl", "parquet", "gsm8k")
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+# Fields of TransformerConfig and of vLLM's engine that a key of ours decides: set twice, they could disagree.
+_OWN_KEY_OF_TRANSFORMER_FIELD = {
+    "params_dtype": "model.params_dtype",
+    "recompute_granularity": "model.recompute_granularity",
+    "recompute_method": "model.recompute_method",
+    "recompute_num_layers": "model.recompute_num_layers",
+    "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
+    "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
+    "sequence_parallel": "parallel.sequence_parallel",
+}
+_OWN_KEY_OF_ENGINE_ARGUMENT = {
+    "model": "model.hf_path",
+    "dtype": "model.params_dtype",
+    "seed": "seed",
+    "tensor_parallel_size": "rollout.tensor_model_parallel_size",
+    "max_model_len": "rollout.max_model_len",
+    "max_num_seqs": "rollout.max_num_seqs",
+    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "rollout.kv_cache_gigabytes",
+    "enforce_eager": "rollout.enforce_eager",
+}
+_UNSUPPORTED_TRANSFORMER_FIELDS = (
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
+
+
+def validate(
+    config: Config,
+    *,
+    world_size: int | None,
+    evaluates: bool = False,
+    architectures: Sequence[str] = SUPPORTED_ARCHITECTURES,
+) -> None:
+    """Raise for the first mistake in a configuration.
+
+    Args:
+        config: as loaded.
+        world_size: number of ranks that were started; None if they are yet to be started as the layout says.
+        evaluates: whether it is to be evaluated and not trained; then an SFT run generates too.
+        architectures: the model architectures that can be trained, as config.json names them.
+
+    Raises:
+        ConfigError: one line with the dotted key, what was given and what is allowed.
+    """
+    generates = evaluates or config.recipe is Recipe.rl
+    check_values(config, world_size=world_size, generates=generates)
+    shape = read_model_shape(Path(config.model.hf_path))
+    check_model(config, shape, generates=generates, architectures=architectures)
+    check_files(config)
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int | None) -> int:
+    """Number of replicas: what was asked for, else what the ranks leave; 1 if neither is known.
+
+    Raises:
+        ConfigError: the layout does not make up the world.
+    """
+    sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    model_ranks = sizes[0] * sizes[1]
+    if world_size is None:
+        return parallel.data_parallel_size or 1
+    product = f"tensor_model_parallel_size {sizes[0]} x pipeline_model_parallel_size {sizes[1]}"
+    if parallel.data_parallel_size is None:
+        if world_size % model_ranks:
+            raise ConfigError(f"parallel: given {product} for {world_size} ranks, allowed: a divisor of their number")
+        return world_size // model_ranks
+    if world_size != model_ranks * parallel.data_parallel_size:
+        product += f" x data_parallel_size {parallel.data_parallel_size} = {model_ranks * parallel.data_parallel_size}"
+        raise ConfigError(f"parallel: given {product}, allowed: {world_size}, the number of ranks")
+    return parallel.data_parallel_size
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt + response that is trained on."""
+    return config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens
+
+
+def check_values(config: Config, *, world_size: int | None, generates: bool) -> None:
+    """All that the configuration alone decides; `generates` is whether the run needs engines."""
+    check_ranges(config)
+    for key, name in (("name", config.name), ("evaluation.name", config.evaluation.name)):
+        if not _FOLDER_NAME.fullmatch(name):
+            _refuse(key, name, "letters, digits, '.', '_' and '-', the first a letter or digit")
+    if config.optimizer.lr_decay_style is LRDecayStyle.exponential and not config.optimizer.min_lr:
+        _refuse("optimizer.min_lr", config.optimizer.min_lr, "above 0 with lr_decay_style exponential")
+    _check_recompute(config)
+    _check_free_form(config)
+    _check_data(config)
+    _check_layout(config, world_size)
+    _check_batches(config, world_size)
+    if generates:
+        _check_rollout(config, world_size)
+
+
+def check_model(
+    config: Config,
+    shape: ModelShape,
+    *,
+    generates: bool,
+    architectures: Sequence[str] = SUPPORTED_ARCHITECTURES,
+) -> None:
+    """The layout and the lengths against the model's sizes."""
+    if shape.architecture not in architectures:
+        _refuse("model.hf_path", f"architecture {shape.architecture}", ", ".join(architectures))
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    _check_heads("parallel.tensor_model_parallel_size", tp, shape)
+    if shape.intermediate_size % tp:
+        _refuse("parallel.tensor_model_parallel_size", tp, f"a divisor of intermediate_size {shape.intermediate_size}")
+    if shape.num_hidden_layers % pp:
+        key = "parallel.pipeline_model_parallel_size"
+        _refuse(key, pp, f"a divisor of the model's {shape.num_hidden_layers} layers")
+    stage_layers = shape.num_hidden_layers // pp
+    if (config.model.recompute_num_layers or 0) > stage_layers:
+        _refuse(
+            "model.recompute_num_layers", config.model.recompute_num_layers, f"[1, {stage_layers}], a stage's layers"
+        )
+    limit = f"at most {shape.max_position_embeddings}, the model's max_position_embeddings"
+    if longest_sequence(config) > shape.max_position_embeddings:
+        _refuse("data.max_prompt_tokens + rollout.sampling.max_response_tokens", longest_sequence(config), limit)
+    if generates:
+        _check_heads("rollout.tensor_model_parallel_size", config.rollout.tensor_model_parallel_size, shape)
+        if (config.rollout.max_model_len or 0) > shape.max_position_embeddings:
+            _refuse("rollout.max_model_len", config.rollout.max_model_len, limit)
+
+
+def check_files(config: Config) -> None:
+    """Files that must exist before a rank is worth starting."""
+    folder = Path(config.model.hf_path)
+    check_tokenizer(folder)
+    if config.model.load_weights:
+        check_weights(folder)
+    for key, file in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if file is not None and not Path(file).is_file():
+            _refuse(key, file, "an existing file")
+
+
+def _check_heads(key: str, ranks: int, shape: ModelShape) -> None:
+    if shape.num_attention_heads % ranks:
+        _refuse(key, ranks, f"a divisor of the model's {shape.num_attention_heads} attention heads")
+    if shape.num_key_value_heads % ranks and ranks % shape.num_key_value_heads:
+        _refuse(key, ranks, f"a divisor or a multiple of the model's {shape.num_key_value_heads} key-value heads")
+
+
+def _check_recompute(config: Config) -> None:
+    model = config.model
+    if model.recompute_granularity not in (None, "selective", "full"):
+        _refuse("model.recompute_granularity", model.recompute_granularity, "null, selective, full")
+    if model.recompute_granularity == "full":
+        if model.recompute_method not in ("uniform", "block"):
+            _refuse("model.recompute_method", model.recompute_method, "uniform, block with recompute_granularity full")
+        if model.recompute_num_layers is None:
+            _refuse("model.recompute_num_layers", None, "[1, inf) with recompute_granularity full")
+        return
+    for name in ("recompute_method", "recompute_num_layers"):
+        if getattr(model, name) is not None:
+            _refuse(f"model.{name}", getattr(model, name), "null without model.recompute_granularity=full")
+
+
+def _check_free_form(config: Config) -> None:
+    for section, given, owners in (
+        ("model.transformer_config", config.model.transformer_config, _OWN_KEY_OF_TRANSFORMER_FIELD),
+        ("rollout.engine_args", config.rollout.engine_args, _OWN_KEY_OF_ENGINE_ARGUMENT),
+    ):
+        for name in given:
+            if name in owners:
+                _refuse(f"{section}.{name}", given[name], f"only by {owners[name]}")
+    for name in _UNSUPPORTED_TRANSFORMER_FIELDS:
+        size = config.model.transformer_config.get(name)
+        if size not in (None, 1):
+            _refuse(f"model.transformer_config.{name}", size, "1")
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if data.format not in _DATA_FORMATS:
+        _refuse("data.format", data.format, ", ".join(_DATA_FORMATS))
+    if data.train is None:
+        _refuse("data.train", None, "a file")
+    if config.evaluation.interval > 0 and data.eval is None:
+        _refuse("evaluation.interval", config.evaluation.interval, "0 without data.eval")
+
+
+def _check_layout(config: Config, world_size: int | None) -> None:
+    data_parallel_size(config.parallel, world_size)
+    parallel = config.parallel
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        _refuse("parallel.sequence_parallel", True, "true only with parallel.tensor_model_parallel_size > 1")
+
+
+def _check_batches(config: Config, world_size: int | None) -> None:
+    train, rollout, optimizer = config.train, config.rollout, config.optimizer
+    num_updates = train.num_steps
+    if config.recipe is Recipe.rl:
+        num_engines = _num_ranks(config, world_size) // rollout.tensor_model_parallel_size
+        if rollout.num_prompts_per_step < num_engines:
+            _refuse(
+                "rollout.num_prompts_per_step", rollout.num_prompts_per_step, f"at least {num_engines}, one per engine"
+            )
+        if rollout.num_samples_per_prompt < 2:
+            _refuse("rollout.num_samples_per_prompt", 1, "[2, inf): alone in its group, a sample has advantage 0")
+        num_samples = rollout.num_prompts_per_step * rollout.num_samples_per_prompt
+        batch_size = train.global_batch_size or num_samples
+        if num_samples % batch_size:
+            _refuse("train.global_batch_size", batch_size, f"a divisor of the {num_samples} samples of a rollout step")
+        num_updates *= train.num_epochs_per_step * (num_samples // batch_size)
+    elif train.global_batch_size is None:
+        _refuse("train.global_batch_size", None, "[1, inf) with recipe sft")
+    replicas = data_parallel_size(config.parallel, world_size)
+    if train.global_batch_size is not None and train.global_batch_size < replicas:
+        _refuse("train.global_batch_size", train.global_batch_size, f"at least {replicas}, one per replica")
+    decay_steps = optimizer.lr_decay_steps or num_updates
+    if optimizer.lr_warmup_steps >= decay_steps and optimizer.lr_warmup_steps > 0:
+        _refuse(
+            "optimizer.lr_warmup_steps", optimizer.lr_warmup_steps, f"less than the {decay_steps} steps of the schedule"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        _refuse("optimizer.min_lr", optimizer.min_lr, f"at most optimizer.lr {optimizer.lr}")
+    algorithm = config.algorithm
+    if algorithm.token_sum_norm is not None and algorithm.aggregation is not Aggregation.token_sum_norm:
+        _refuse(
+            "algorithm.token_sum_norm", algorithm.token_sum_norm, "null unless algorithm.aggregation=token_sum_norm"
+        )
+
+
+def _check_rollout(config: Config, world_size: int | None) -> None:
+    rollout, evaluation = config.rollout, config.evaluation
+    num_ranks = _num_ranks(config, world_size)
+    if num_ranks % rollout.tensor_model_parallel_size:
+        key = "rollout.tensor_model_parallel_size"
+        _refuse(key, rollout.tensor_model_parallel_size, f"a divisor of the {num_ranks} ranks")
+    needed = longest_sequence(config)
+    if rollout.max_model_len is not None and rollout.max_model_len < needed:
+        parts = "data.max_prompt_tokens + rollout.sampling.max_response_tokens"
+        _refuse("rollout.max_model_len", rollout.max_model_len, f"at least {needed} = {parts}")
+    if "" in rollout.sampling.stop:
+        _refuse("rollout.sampling.stop", rollout.sampling.stop, "strings that are not empty")
+    if evaluation.num_samples_per_prompt > 1 and evaluation.temperature == 0:
+        _refuse(
+            "evaluation.num_samples_per_prompt", evaluation.num_samples_per_prompt, "1 with evaluation.temperature 0"
+        )
+    rewards = [function.name for function in config.rewards.functions]
+    if not rewards:
+        _refuse("rewards.functions", [], "at least one reward, to score completions")
+    if evaluation.correct_reward is not None and evaluation.correct_reward not in rewards:
+        _refuse("evaluation.correct_reward", evaluation.correct_reward, ", ".join(rewards))
+
+
+def _num_ranks(config: Config, world_size: int | None) -> int:
+    parallel = config.parallel
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    return model_ranks * data_parallel_size(parallel, world_size)
+
+
+def _refuse(key: str, given: object, allowed: str) -> NoReturn:
+    raise ConfigError(f"{key}: given {shown(given)}, allowed: {allowed}")

@@ -1,0 +1,202 @@
+"""Laying sequences out: which rank and row each goes to, and the tensors of a row.
+
+A row is the unit of one forward and backward pass: sequences one after another, [T] tokens without padding between
+them, told apart by `cu_seqlens`. A plan says which sequences form which row on which rank:
+
+    ranks  by largest differencing over the cost of the sequences, so that all ranks work equally long
+    rows   as few on every rank as the fullest rank needs, then by largest differencing again, so that all rows are
+           about equally long: a few even rows take less memory than full ones with a short last one. Where an even
+           split would burst micro_batch_tokens, first-fit decreasing takes its place.
+
+Every rank gets the same number of rows, because each row may hold a collective that all ranks must join. A plan is a
+function of the lengths alone: every rank computes the same one, without communication.
+"""
+
+import heapq
+from bisect import insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count, pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .samples import TrainingSequence
+
+Plan = list[list[list[int]]]
+"""[rank][micro_batch] -> indices of sequences, ascending."""
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """The tensors of one forward and backward pass; T tokens in S sequences, the padding counted as one of them."""
+
+    tokens: Tensor
+    """[T] int64."""
+    labels: Tensor
+    """[T] int64, the token that each position predicts."""
+    loss_mask: Tensor
+    """[T] float32, 0 on padding."""
+    position_ids: Tensor
+    """[T] int64, from 0 in every sequence."""
+    cu_seqlens: Tensor
+    """[S + 1] int32, where each sequence begins, and T."""
+    max_seqlen: int
+    """Length of the longest of the S sequences."""
+    per_token: dict[str, Tensor]
+    """[T] float32 each, 0 on padding."""
+    sequence_ids: tuple[int, ...]
+    """Which input sequences the row holds, in order; without the padding."""
+
+
+def pack(sequences: Sequence[TrainingSequence], indices: Sequence[int], *, pad_to_multiple: int) -> PackedRow:
+    """The row of the sequences at `indices`.
+
+    The row is filled up to a multiple of `pad_to_multiple` by a last sequence of token 0 with loss mask 0, which
+    attends to itself alone. No indices at all give a row of pad_to_multiple such tokens: a rank without work still
+    takes part in the collectives. `per_token` has the keys of sequences[0], which all sequences must share.
+    """
+    chosen = [sequences[i] for i in indices]
+    keys = sequences[0].per_token.keys() if sequences else ()
+    for i, sequence in zip(indices, chosen, strict=True):
+        if sequence.num_positions < 1 or len(sequence.loss_mask) != sequence.num_positions:
+            raise ValueError(
+                f"sequence {i}: {sequence.num_positions} positions, {len(sequence.loss_mask)} in loss_mask"
+            )
+        if sequence.per_token.keys() != keys:
+            raise ValueError(f"sequence {i} has per_token {sorted(sequence.per_token)}, the first has {sorted(keys)}")
+    lengths = [sequence.num_positions for sequence in chosen]
+    padding = -sum(lengths) % pad_to_multiple if lengths else pad_to_multiple
+    spans = [*lengths, padding] if padding else lengths
+
+    def joined(parts: Sequence[np.ndarray], dtype: type) -> Tensor:
+        return torch.from_numpy(np.concatenate([*parts, np.zeros(padding)]).astype(dtype))
+
+    return PackedRow(
+        tokens=joined([sequence.token_ids[:-1] for sequence in chosen], np.int64),
+        labels=joined([sequence.token_ids[1:] for sequence in chosen], np.int64),
+        loss_mask=joined([sequence.loss_mask for sequence in chosen], np.float32),
+        position_ids=torch.cat([torch.arange(span) for span in spans]),
+        cu_seqlens=torch.tensor([0, *np.cumsum(spans)], dtype=torch.int32),
+        max_seqlen=max(spans),
+        per_token={key: joined([sequence.per_token[key] for sequence in chosen], np.float32) for key in keys},
+        sequence_ids=tuple(indices),
+    )
+
+
+def unpack(values: Tensor, row: PackedRow) -> list[Tensor]:
+    """values [T, ...] of a row, cut into one [L, ...] view per sequence of `row.sequence_ids`; padding is left out."""
+    if len(values) != len(row.tokens):
+        raise ValueError(f"{len(values)} values for a row of {len(row.tokens)} tokens")
+    spans = pairwise(row.cu_seqlens.tolist())
+    return [values[start:stop] for _, (start, stop) in zip(row.sequence_ids, spans, strict=False)]
+
+
+def plan_micro_batches(
+    lengths: Sequence[int],
+    *,
+    num_ranks: int,
+    micro_batch_tokens: int,
+    cost: Callable[[int], float] | None = None,
+) -> Plan:
+    """Distributes sequences over ranks and rows; every sequence once, the same number of rows (>= 1) on every rank.
+
+    Args:
+        lengths: positions of each sequence, >= 1; any number of them, also fewer than ranks.
+        num_ranks: data-parallel ranks.
+        micro_batch_tokens: most tokens of a row that holds more than one sequence; a longer sequence is a row alone.
+        cost: work of a sequence of so many tokens, in any unit; what ranks and rows are balanced by. A model with
+            attention costs a * L + b * L^2. Default: the tokens.
+
+    Returns:
+        [rank][micro_batch] -> indices. Rows go from the most to the least costly, so that ranks that run in step run
+        rows alike, and a row too large for the memory fails first.
+    """
+    if num_ranks < 1 or micro_batch_tokens < 1 or min(lengths, default=1) < 1:
+        raise ValueError(
+            f"num_ranks {num_ranks}, micro_batch_tokens {micro_batch_tokens} and every length must be at least 1"
+        )
+    costs = [float(length) if cost is None else float(cost(length)) for length in lengths]
+    ranks = largest_differencing(range(len(lengths)), costs, num_ranks)
+    fitted = [_first_fit_decreasing(rank, lengths, micro_batch_tokens) for rank in ranks]
+    num_rows = max(1, *(len(rows) for rows in fitted))
+    plan = []
+    for rank, fallback in zip(ranks, fitted, strict=True):
+        rows = largest_differencing(rank, costs, num_rows)
+        if any(len(row) > 1 and sum(lengths[i] for i in row) > micro_batch_tokens for row in rows):
+            rows = _split(fallback, costs, num_rows)
+        rows = [sorted(row) for row in rows]
+        plan.append(sorted(rows, key=lambda row: (-sum(costs[i] for i in row), row)))
+    return plan
+
+
+def packing_efficiency(plan: Plan, lengths: Sequence[int], *, pad_to_multiple: int = 1) -> float:
+    """Real tokens / (rows * tokens of the largest row, padded): 1 when all rows of all ranks are equally full.
+
+    It is the useful part of the time if every row took as long as the largest, as in a pipeline or in lockstep.
+    """
+    rows = [sum(lengths[i] for i in row) for rank in plan for row in rank]
+    largest = -(-max(rows) // pad_to_multiple) * pad_to_multiple
+    return sum(rows) / (len(rows) * largest) if largest else 1.0
+
+
+def imbalance(plan: Plan, lengths: Sequence[int]) -> float:
+    """Tokens of the fullest rank / mean over the ranks - 1: 0 when all ranks have as many."""
+    ranks = [sum(lengths[i] for row in rank for i in row) for rank in plan]
+    return max(ranks) * len(ranks) / sum(ranks) - 1.0 if sum(ranks) else 0.0
+
+
+def largest_differencing(items: Sequence[int], costs: Sequence[float], num_parts: int) -> list[list[int]]:
+    """Parts of almost equal total cost; min(num_parts, len(items)) of them are not empty. Deterministic.
+
+    Source: Karmarkar and Karp 1982, "The differencing method of set partitioning". A solution is a list of at most
+    num_parts (total, items), ascending, the missing ones being empty. The two solutions of the largest spread are
+    merged, the largest part of one with the smallest of the other, until one is left.
+    """
+    if len(items) <= num_parts:
+        return [[i] for i in items] + [[] for _ in range(num_parts - len(items))]
+    tie = count()
+    heap = [(-costs[i], next(tie), [(costs[i], [i])]) for i in items]  # alone, or beside empty parts: spread is cost
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        _, _, one = heapq.heappop(heap)
+        _, _, other = heap[0]
+        # Both are ascending. Only as many parts meet as do not fit beside each other; the rest meet empty parts.
+        meeting = max(0, len(one) + len(other) - num_parts)
+        met = [(a + b, x + y) for (a, x), (b, y) in zip(one[:meeting], other[:meeting][::-1], strict=True)]
+        merged = one[meeting:] if len(one) >= len(other) else other[meeting:]
+        rest = met + (other[meeting:] if len(one) >= len(other) else one[meeting:])
+        if len(rest) == 1:
+            insort(merged, rest[0])  # by far the most frequent case, and not one for sorting all parts anew
+        else:
+            merged = sorted(merged + rest)
+        smallest = merged[0][0] if len(merged) == num_parts else 0.0
+        heapq.heapreplace(heap, (smallest - merged[-1][0], next(tie), merged))
+    return [part for _, part in heap[0][2]]
+
+
+def _first_fit_decreasing(items: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of at most `capacity` tokens, or of one longer sequence."""
+    rows: list[list[int]] = []
+    free = np.zeros(len(items), dtype=np.int64)
+    for i in sorted(items, key=lambda i: (-lengths[i], i)):
+        fits = free[: len(rows)] >= lengths[i]
+        row = int(fits.argmax()) if fits.any() else len(rows)
+        if row == len(rows):
+            rows.append([])
+            free[row] = capacity
+        rows[row].append(i)
+        free[row] -= lengths[i]
+    return rows
+
+
+def _split(rows: list[list[int]], costs: Sequence[float], num_rows: int) -> list[list[int]]:
+    """Halves the costliest row of several sequences until there are num_rows; empty rows only when none can be."""
+    rows = list(rows)
+    while len(rows) < num_rows:
+        row = max(rows, key=lambda row: (len(row) > 1, sum(costs[i] for i in row)), default=[])
+        if len(row) > 1:
+            rows.remove(row)
+        rows.extend(largest_differencing(row, costs, 2) if len(row) > 1 else [[]])
+    return rows

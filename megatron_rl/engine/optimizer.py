@@ -1,0 +1,126 @@
+"""AdamW with its schedule: Megatron's (distributed) optimizer and OptimizerParamScheduler."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_rl.config.schema import LRDecayStyle, OptimizerConfig
+from megatron_rl.engine.policy import Policy
+
+
+class ExponentialScheduler(OptimizerParamScheduler):
+    """Core's scheduler with the one decay style that it lacks.
+
+    lr_t = max_lr (min_lr / max_lr)^(t / T), t and T counted after warm-up.
+    """
+
+    def get_lr(self, param_group: dict) -> float:
+        """Learning rate after `num_steps` steps."""
+        decayed = self.num_steps - self.lr_warmup_steps
+        if decayed <= 0:
+            return float(super().get_lr(param_group))
+        max_lr, min_lr = (float(param_group.get(name, getattr(self, name))) for name in ("max_lr", "min_lr"))
+        progress = min(1.0, decayed / (self.lr_decay_steps - self.lr_warmup_steps))
+        return float(max_lr * (min_lr / max_lr) ** progress)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    lr: float
+    """Learning rate that it used."""
+    finite: bool
+    """False: the loss or the norm was not finite, and nothing was changed."""
+
+
+class Optimizer:
+    """Steps the policy's parameters."""
+
+    def __init__(self, config: OptimizerConfig, policy: Policy, *, num_steps: int) -> None:
+        """Args:
+        config: the user's.
+        policy: with its weights loaded; the optimizer takes its float32 copies from them.
+        num_steps: optimizer steps of the whole run, for the schedule.
+        """
+        self.policy = policy
+        bf16 = policy.dtype is torch.bfloat16
+        self.megatron = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=config.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.adam_beta1,
+                adam_beta2=config.adam_beta2,
+                adam_eps=config.adam_eps,
+                clip_grad=config.clip_grad,
+                bf16=bf16,
+                params_dtype=policy.dtype,
+                use_distributed_optimizer=config.use_distributed_optimizer,
+            ),
+            policy.chunks,
+        )
+        exponential = config.lr_decay_style is LRDecayStyle.exponential
+        decay_steps = config.lr_decay_steps or num_steps
+        self.scheduler = (ExponentialScheduler if exponential else OptimizerParamScheduler)(
+            self.megatron,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=config.lr_warmup_steps,
+            lr_decay_steps=max(decay_steps, config.lr_warmup_steps + 1),
+            lr_decay_style=config.lr_decay_style.value,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=1,
+            wd_incr_style="constant",
+            # On resume the schedule is the configuration's; only how far it has come is the checkpoint's.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
+        )
+
+    def resume_schedule(self, state: dict[str, Any]) -> None:
+        """Go on with the configuration's schedule from where a checkpoint's stood; after the optimizer's state."""
+        for group in self.megatron.param_groups:
+            bounds = {"max_lr": self.scheduler.max_lr, "min_lr": self.scheduler.min_lr}
+            group.update({name: value for name, value in bounds.items() if name in group})
+        self.scheduler.load_state_dict(state)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last step."""
+        for chunk in self.policy.chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def step(self, *, loss_is_finite: bool = True) -> Update:
+        """Apply the accumulated gradients once, clipped, and advance the schedule.
+
+        Args:
+            loss_is_finite: equal on all ranks; False skips the update, as a gradient norm does that is not finite.
+        """
+        lr = max(group["lr"] for group in self.megatron.param_groups) if self.megatron.param_groups else 0.0
+        self.megatron.prepare_grads()
+        # The norm is a sum over all ranks, so they agree on whether it is finite.
+        grad_norm = float(self.megatron.get_grad_norm())
+        if not (loss_is_finite and math.isfinite(grad_norm)):
+            return Update(grad_norm, lr, finite=False)
+        self.megatron.step()
+        self.scheduler.step(increment=1)
+        return Update(grad_norm, self._over_ranks(lr), finite=True)
+
+    def _over_ranks(self, lr: float) -> float:
+        # A rank whose shard of the optimizer is empty has no parameter group to read the rate from.
+        if dist.get_world_size() == 1:
+            return lr
+        value = torch.tensor([lr], dtype=torch.float64, device=next(iter(self.policy.parameters.values())).device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return float(value)

@@ -1,0 +1,128 @@
+"""The policy: this rank's shard of a Megatron-Core model, with the table that says what its tensors are elsewhere."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_rl.config.hf_checkpoint import read_json_object
+from megatron_rl.config.schema import Dtype, LayerSpec, ModelConfig
+from megatron_rl.device import HAS_CUDA
+from megatron_rl.models.build import build_gpt_model, transformer_config
+from megatron_rl.models.capabilities import HAS_TRANSFORMER_ENGINE
+from megatron_rl.models.families import family_of
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.vocab_parallel import vocab_parallel_log_probs
+from megatron_rl.weights.gather import HFTensorIterator
+from megatron_rl.weights.hf_files import HFCheckpointReader
+from megatron_rl.weights.local_shards import check_table, local_parameters
+
+TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
+
+
+class LogProbHead:
+    """Takes the place of GPTModel's language-model loss: labels and sharded logits in, log-probs and entropy out.
+
+    Set on the model instance, the door that core leaves open for it; `temperature` is set before each pass.
+    """
+
+    def __init__(self, groups: Groups, vocab_size: int) -> None:
+        self.groups = groups
+        self.vocab_size = vocab_size
+        self.temperature = 1.0
+
+    def __call__(self, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """labels [1, T] and logits [T, 1, V/tp] -> log-probs [T] and entropy [T], float32, nats."""
+        log_probs, entropy = vocab_parallel_log_probs(
+            logits.squeeze(1),
+            labels.squeeze(0),
+            group=self.groups.tp,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+        )
+        assert entropy is not None
+        return log_probs, entropy
+
+
+class Policy:
+    """A model over the training ranks."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        groups: Groups,
+        *,
+        sequence_parallel: bool = False,
+        use_distributed_optimizer: bool = True,
+    ) -> None:
+        """Build this rank's part and load its weights, or draw them from the seed that `initialize` was given.
+
+        Raises:
+            UserError: the checkpoint is not one of a supported model, or its files are not what config.json says.
+        """
+        self.groups = groups
+        self.hf_path = Path(model.hf_path)
+        self.hf: dict[str, Any] = read_json_object(self.hf_path / "config.json", "model.hf_path")
+        self.maps = family_of(self.hf).tensor_maps(self.hf)
+        self.dtype = TORCH_DTYPES[model.params_dtype]
+        chosen = dict(
+            sequence_parallel=sequence_parallel,
+            recompute_granularity=model.recompute_granularity,
+            recompute_method=model.recompute_method,
+            recompute_num_layers=model.recompute_num_layers,
+        )
+        self.config = transformer_config(self.hf, dtype=self.dtype, overrides=chosen | model.transformer_config)
+        use_te = model.layer_spec is LayerSpec.transformer_engine or (
+            model.layer_spec is LayerSpec.auto and HAS_TRANSFORMER_ENGINE and HAS_CUDA
+        )
+        self.gpt: GPTModel = build_gpt_model(
+            self.hf,
+            self.config,
+            use_transformer_engine=use_te,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+        )
+        self.parameters = local_parameters([self.gpt])
+        check_table(self.parameters, self.maps, groups.tp.rank(), groups.tp.size())
+        if model.load_weights:
+            self.load_hf_weights(self.hf_path)
+        self.head = LogProbHead(groups, self.hf["vocab_size"])
+        self.gpt.compute_language_model_loss = self.head
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer, overlap_grad_reduce=False
+        )
+        self.chunks: list[Any] = [DistributedDataParallel(self.config, ddp, self.gpt)]
+
+    def load_hf_weights(self, folder: Path) -> None:
+        """Fill this rank's shards from a Hugging Face checkpoint, reading only what it holds.
+
+        Raises:
+            UserError: a tensor is missing, unknown or of the wrong shape, or a file is corrupt.
+        """
+        reader = HFCheckpointReader(folder)
+        reader.check(self.maps)
+        tp = self.groups.tp
+        with torch.no_grad():
+            for tensor_map in self.maps:
+                if tensor_map.name in self.parameters:
+                    reader.read_shard(tensor_map, tp.rank(), tp.size(), self.parameters[tensor_map.name])
+            self._share_tied_embedding()
+
+    def _share_tied_embedding(self) -> None:
+        """The last pipeline stage's copy of a tied embedding holds the same rows as the first stage's."""
+        gpt = self.gpt
+        if gpt.share_embeddings_and_output_weights and gpt.post_process and not gpt.pre_process:
+            embedding = next(m for m in self.maps if m.name == "embedding.word_embeddings.weight")
+            reader = HFCheckpointReader(self.hf_path)
+            tp = self.groups.tp
+            reader.read_shard(embedding, tp.rank(), tp.size(), gpt.output_layer.weight)
+
+    def hf_tensors(self, *, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        """The whole policy as (Hugging Face name, full tensor). Collective: every rank must exhaust it."""
+        return iter(
+            HFTensorIterator(self.parameters, self.maps, self.groups, dtype=self.dtype, bucket_bytes=bucket_bytes)
+        )

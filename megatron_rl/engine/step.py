@@ -1,0 +1,128 @@
+"""Passes over packed rows with Megatron's schedules: forward and backward, and forward alone.
+
+The loss contract: `loss_fn` returns a loss that is already divided by counts over the global batch, so gradients are
+plain sums over micro-batches and ranks. Core is told so by `calculate_per_token_loss` and a token count that it never
+divides by.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rl.algorithms.metrics import Metric, combine
+from megatron_rl.data.packing import PackedRow
+from megatron_rl.device import this_device
+from megatron_rl.engine.policy import Policy
+
+NON_FINITE_LOSSES = "optim/non_finite_losses"
+"""Metric: rows whose loss was nan or infinite."""
+
+LossFunction = Callable[[Tensor, Tensor, PackedRow], tuple[Tensor, dict[str, Metric]]]
+"""(log_probs [T], entropy [T], row) -> (loss, metrics)."""
+
+
+def _packed_seq_params(row: PackedRow) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=row.cu_seqlens,
+        cu_seqlens_kv=row.cu_seqlens,
+        max_seqlen_q=row.max_seqlen,
+        max_seqlen_kv=row.max_seqlen,
+    )
+
+
+def _forward_step(rows: Iterator[PackedRow], model: torch.nn.Module, *, loss_fn: LossFunction | None) -> Any:
+    row = next(rows)
+    output = model(
+        input_ids=row.tokens[None],
+        position_ids=row.position_ids[None],
+        attention_mask=None,
+        labels=row.labels[None],
+        packed_seq_params=_packed_seq_params(row),
+    )
+
+    def loss(output: tuple[Tensor, Tensor], non_loss_data: bool = False) -> Any:
+        if non_loss_data:
+            return output
+        assert loss_fn is not None
+        value, metrics = loss_fn(*output, row)
+        # A token that is not finite has gradient 0 in some objectives, so the loss itself must be looked at.
+        metrics = metrics | {NON_FINITE_LOSSES: Metric("sum", float(not torch.isfinite(value.detach())))}
+        # A count of 0 tokens: core adds the counts up and divides by none.
+        return value, torch.tensor(0, dtype=torch.int32), metrics
+
+    return output, loss
+
+
+def _on_device(row: PackedRow) -> PackedRow:
+    tensors: Any = {name: value.to(this_device()) for name, value in vars(row).items() if isinstance(value, Tensor)}
+    return replace(row, **tensors, per_token={name: value.to(this_device()) for name, value in row.per_token.items()})
+
+
+def _finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _run(policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction | None, *, forward_only: bool) -> list[Any]:
+    policy.config.finalize_model_grads_func = _finalize
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, loss_fn=loss_fn),
+        data_iterator=iter([_on_device(row) for row in rows]),
+        model=policy.chunks,
+        num_microbatches=len(rows),
+        # With variable_seq_lengths pipeline stages tell each other the true length of each row.
+        seq_length=max(len(row.tokens) for row in rows),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def forward_backward(
+    policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction, *, temperature: float = 1.0
+) -> dict[str, Metric]:
+    """Accumulate the gradients of sum over rows and ranks of `loss_fn`, reduced over all ranks.
+
+    Args:
+        rows: this data-parallel rank's micro-batches; every rank has the same number of them, at least one.
+        loss_fn: see LossFunction; called on the last pipeline stage.
+        temperature: divides the logits.
+
+    Returns:
+        The rows' metrics combined, on ranks with `groups.reports`; elsewhere {}.
+    """
+    policy.head.temperature = temperature
+    metrics: dict[str, Metric] = {}
+    for of_row in _run(policy, rows, loss_fn, forward_only=False):
+        metrics = combine(metrics, of_row)
+    return metrics if policy.groups.reports else {}
+
+
+@torch.no_grad()
+def forward_log_probs(
+    policy: Policy, rows: Sequence[PackedRow], *, temperature: float = 1.0
+) -> list[tuple[Tensor, Tensor]]:
+    """Log-probs and entropy of every token, without gradient.
+
+    Returns:
+        For each row (log_probs [T], entropy [T]), float32, nats, on the CPU, on every rank of the replica.
+    """
+    policy.head.temperature = temperature
+    outputs = _run(policy, rows, None, forward_only=True)
+    groups = policy.groups
+    if groups.pp.size() > 1:
+        lengths = [len(row.tokens) for row in rows]
+        flat = torch.empty(2, sum(lengths), dtype=torch.float32, device=this_device())
+        if groups.is_last_stage:
+            flat = torch.stack([torch.cat([o[i] for o in outputs]) for i in range(2)])
+        dist.broadcast(flat, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+        outputs = list(zip(*(part.split(lengths) for part in flat), strict=True))
+    return [(log_probs.cpu(), entropy.cpu()) for log_probs, entropy in outputs]

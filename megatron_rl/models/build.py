@@ -1,0 +1,138 @@
+"""From a Hugging Face config to this rank's chunk of a Megatron-Core GPTModel.
+
+The one place that constructs models, because that is what changes most between releases of core: arguments are given
+by keyword and filtered by what the installed release knows.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_rl.config.errors import UserError
+from megatron_rl.device import HAS_CUDA, this_device
+from megatron_rl.models.attention import PortableAttention
+from megatron_rl.models.families import family_of
+from megatron_rl.models.norm import PortableNorm
+from megatron_rl.models.rotary import inverse_frequencies, rope_parameters
+from megatron_rl.models.tensor_map import padded_vocabulary_size
+
+
+def known_arguments(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of `arguments` that `function` of the installed release takes."""
+    if dataclasses.is_dataclass(function):
+        return {
+            name: value for name, value in arguments.items() if name in {f.name for f in dataclasses.fields(function)}
+        }
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dict[str, Any]) -> TransformerConfig:
+    """Megatron's TransformerConfig of a Hugging Face config, for the parallel layout that is initialised.
+
+    Args:
+        hf: config.json.
+        dtype: of parameters and activations.
+        overrides: further TransformerConfig fields by Megatron's names; they win.
+
+    Raises:
+        UserError: unknown architecture, an option of it that is not supported, or an unknown field in `overrides`.
+    """
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise UserError(f"model.transformer_config: unknown field '{unknown[0]}' of Megatron's TransformerConfig")
+    pipeline_size = parallel_state.get_pipeline_model_parallel_world_size()
+    fields = dict(
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=pipeline_size,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        activation_func=torch.nn.functional.silu,
+        use_cpu_initialization=not HAS_CUDA,
+        perform_initialization=True,
+        # The rows of a step differ in length, so pipeline stages tell each other the shape.
+        variable_seq_lengths=pipeline_size > 1,
+        moe_token_dispatcher_type="alltoall",  # the one that takes them
+        # Losses arrive divided by a global count; see engine/step.py.
+        calculate_per_token_loss=True,
+        # Fusions of apex and Transformer Engine, absent on a CPU.
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_sync=HAS_CUDA,
+    )
+    return TransformerConfig(
+        **known_arguments(TransformerConfig, fields | family_of(hf).transformer_fields(hf) | overrides)
+    )
+
+
+def portable_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Core's local layers with our norm and attention: no Transformer Engine, with sequence parallelism and packing."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = PortableNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = PortableAttention
+    if attention.q_layernorm is not IdentityOp:
+        attention.q_layernorm = attention.k_layernorm = PortableNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=PortableNorm)
+
+
+def transformer_engine_layers(config: TransformerConfig) -> ModuleSpec:
+    """Transformer Engine's fused layers."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+
+
+def build_gpt_model(
+    hf: dict[str, Any],
+    config: TransformerConfig,
+    *,
+    use_transformer_engine: bool,
+    pre_process: bool,
+    post_process: bool,
+) -> GPTModel:
+    """This pipeline stage's GPTModel, randomly initialised from core's RNG tracker.
+
+    Args:
+        hf: config.json.
+        config: of `transformer_config`.
+        use_transformer_engine: Transformer Engine's layers instead of the portable ones.
+        pre_process, post_process: whether this stage holds the embedding and the output layer.
+
+    Returns:
+        The model on this rank's device, with parameters of config.params_dtype. Its vocabulary is padded to a
+        multiple of the tensor-parallel size.
+    """
+    arguments = dict(
+        config=config,
+        transformer_layer_spec=(transformer_engine_layers if use_transformer_engine else portable_layers)(config),
+        vocab_size=padded_vocabulary_size(hf["vocab_size"], config.tensor_model_parallel_size),
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        **family_of(hf).gpt_fields(hf),
+    )
+    model = GPTModel(**known_arguments(GPTModel.__init__, arguments))
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(config.kv_channels, rope_parameters(hf)).to(this_device())
+    return model.cuda() if HAS_CUDA else model

@@ -1,0 +1,86 @@
+"""Which rank holds which part of the model, and which engine it drives. Arithmetic alone; no process group.
+
+Ranks are numbered in Megatron's order `tp-cp-ep-dp-pp`: tensor-parallel neighbours are consecutive ranks, so that the
+most frequent collectives stay on one node, and pipeline stages are farthest apart. With tp=2, dp=2, pp=2:
+
+    rank       0 1 2 3 4 5 6 7
+    tp rank    0 1 0 1 0 1 0 1
+    dp rank    0 0 1 1 0 0 1 1
+    pp rank    0 0 0 0 1 1 1 1
+
+Engines are cut from the same line of ranks, by a size of their own: with engines of 4, ranks 0-3 and 4-7.
+"""
+
+from dataclasses import dataclass
+
+from megatron_rl.config.schema import Config
+from megatron_rl.config.validate import data_parallel_size
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where a rank stands in each parallel dimension."""
+
+    tensor: int
+    data: int
+    pipeline: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions of training, and of an engine."""
+
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    data_parallel_size: int
+    engine_size: int = 1
+    """Consecutive ranks that share one engine; divides world_size."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of training ranks."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
+
+    @property
+    def num_engines(self) -> int:
+        """Number of engines."""
+        return self.world_size // self.engine_size
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where a rank in [0, world_size) stands."""
+        assert 0 <= rank < self.world_size
+        outer, tensor = divmod(rank, self.tensor_model_parallel_size)
+        pipeline, data = divmod(outer, self.data_parallel_size)
+        return Coordinates(tensor, data, pipeline)
+
+    def rank(self, at: Coordinates) -> int:
+        """Inverse of `coordinates`."""
+        return (at.pipeline * self.data_parallel_size + at.data) * self.tensor_model_parallel_size + at.tensor
+
+    def engine(self, rank: int) -> int:
+        """Number of the engine, in [0, num_engines), that a rank is part of."""
+        assert 0 <= rank < self.world_size
+        return rank // self.engine_size
+
+    def engine_ranks(self, engine: int) -> range:
+        """Ranks of an engine, in the order of vLLM's tensor-parallel ranks."""
+        assert 0 <= engine < self.num_engines
+        return range(engine * self.engine_size, (engine + 1) * self.engine_size)
+
+
+def layout_of(config: Config, world_size: int | None = None) -> Layout:
+    """Layout of a validated configuration.
+
+    Args:
+        config: validated.
+        world_size: number of ranks that were started; None if they are yet to be started as the layout says.
+
+    Raises:
+        ConfigError: the sizes do not make up the world.
+    """
+    return Layout(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        data_parallel_size=data_parallel_size(config.parallel, world_size),
+        engine_size=config.rollout.tensor_model_parallel_size,
+    )

@@ -1,0 +1,40 @@
+"""Reinforcement learning: the loop.
+
+    generate -> score -> log_probs (old, reference) -> advantages -> forward_backward, optim_step -> sync_weights
+
+Log-probs come before advantages, because a KL penalty may be part of the reward.
+"""
+
+from megatron_rl.config.schema import Config
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.placement.layout import Layout
+from megatron_rl.trainer.reinforcement import Reinforcement
+
+
+def train_rl(config: Config, groups: Groups, layout: Layout) -> None:
+    """Run or resume a reinforcement-learning run."""
+    rl = Reinforcement(config, groups, layout)
+    phase = rl.training.timer.phase
+    with rl.training as training:
+        rl.sync_weights()
+        if training.state.step == 0:
+            training.record(rl.evaluate())
+        while not training.is_done:
+            with training.step() as row:
+                with phase("generate"):
+                    prompts, completions = rl.generate()
+                with phase("score"):
+                    samples = rl.score(prompts, completions)
+                with phase("log_probs"):
+                    batches = rl.log_probs(samples)
+                with phase("advantages"):
+                    advantages = rl.advantages(samples, batches)
+                with phase("train"):
+                    row |= rl.train(batches)
+                training.state.data_position += len(prompts)
+                with phase("sync_weights"):
+                    row |= rl.sync_weights(version=training.state.step + 1)
+                row |= rl.report(samples, advantages)
+                if rl.evaluation_is_due():
+                    row |= rl.evaluate()
+        training.finish()

@@ -1,0 +1,72 @@
+"""One optimizer step's sequences: this rank's packed rows and the counts that the loss is divided by.
+
+Every rank knows all sequences of the global batch, so the layout of rows and the global counts are plain functions of
+them; no collective is needed, and no rank can disagree.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.aggregation import GlobalCounts
+from megatron_rl.data.packing import PackedRow, imbalance, pack, packing_efficiency, plan_micro_batches
+from megatron_rl.data.samples import TrainingSequence
+from megatron_rl.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """The global batch of one optimizer step, as this rank sees it."""
+
+    rows: list[PackedRow]
+    """This data-parallel rank's micro-batches; as many on every rank."""
+    counts: GlobalCounts
+    """Trained tokens and sequences of the global batch."""
+    num_tokens: int
+    """All tokens of the global batch, trained or not."""
+    packing_efficiency: float
+    """Real tokens / tokens of the rows if all were as long as the longest."""
+    imbalance: float
+    """Tokens of the fullest data-parallel rank / mean - 1."""
+
+    @staticmethod
+    def of(
+        sequences: Sequence[TrainingSequence],
+        indices: Sequence[int],
+        groups: Groups,
+        *,
+        micro_batch_tokens: int,
+        pad_to_multiple: int,
+    ) -> "MiniBatch":
+        """Lay out the sequences at `indices`; a row's `sequence_ids` are positions in `sequences`.
+
+        Args:
+            sequences: of the whole step, the same on all ranks.
+            indices: which of them the optimizer step takes.
+            groups: this rank's.
+            micro_batch_tokens: most tokens of a row.
+            pad_to_multiple: rows are filled up to a multiple of this.
+        """
+        lengths = [sequences[i].num_positions for i in indices]
+        plan = plan_micro_batches(lengths, num_ranks=groups.dp.size(), micro_batch_tokens=micro_batch_tokens)
+        mine = [[indices[i] for i in row] for row in plan[groups.dp.rank()]]
+        masks = [float(sequences[i].loss_mask.sum()) for i in indices]
+        return MiniBatch(
+            rows=[pack(sequences, row, pad_to_multiple=pad_to_multiple) for row in mine],
+            counts=GlobalCounts(num_tokens=sum(masks), num_sequences=float(np.count_nonzero(masks))),
+            num_tokens=sum(lengths),
+            packing_efficiency=packing_efficiency(plan, lengths, pad_to_multiple=pad_to_multiple),
+            imbalance=imbalance(plan, lengths),
+        )
+
+
+def spread(row: PackedRow, values: Sequence[float]) -> Tensor:
+    """[T] float32: each sequence's value on its trained tokens, 0 elsewhere. `values` is indexed by sequence id."""
+    spans = row.cu_seqlens.diff().tolist()
+    of_sequences = [values[i] for i in row.sequence_ids]
+    padding = [0.0] * (len(spans) - len(of_sequences))
+    whole = torch.tensor([*of_sequences, *padding], dtype=torch.float32)
+    return whole.repeat_interleave(torch.tensor(spans)) * row.loss_mask

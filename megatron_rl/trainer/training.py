@@ -1,0 +1,214 @@
+"""What every recipe shares: the run's folder, policy, optimizer, metrics and checkpoints, and how a run resumes."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch.distributed as dist
+
+from megatron_rl.algorithms.metrics import Metric
+from megatron_rl.checkpoint import training_state
+from megatron_rl.checkpoint.hf_export import export_hf
+from megatron_rl.config.load import save_config
+from megatron_rl.config.schema import Config, NonFinite
+from megatron_rl.data.samples import TrainingSequence
+from megatron_rl.engine.optimizer import Optimizer
+from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.reference import ReferenceWeights
+from megatron_rl.engine.step import NON_FINITE_LOSSES, LossFunction, forward_backward
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.reductions import reduce_counts, reduce_metrics
+from megatron_rl.trainer.metrics_log import MetricsLog
+from megatron_rl.trainer.minibatch import MiniBatch
+from megatron_rl.trainer.progress import Progress
+from megatron_rl.trainer.rollout_log import truncate_rollouts_to_step
+from megatron_rl.trainer.run_directory import RunDirectory
+from megatron_rl.trainer.timing import PhaseTimer
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient norm was nan or infinite, and the run is configured to stop there."""
+
+
+@dataclass
+class RunState:
+    """Where a run stands; equal on all ranks, saved in checkpoints."""
+
+    step: int = 0
+    """Steps done. The policy's weight version is the same number."""
+    data_position: int = 0
+    """Training rows drawn."""
+
+
+class Training:
+    """A run in progress on this rank; a context that closes its record, also when the run fails."""
+
+    def __init__(self, config: Config, groups: Groups, *, num_updates_per_step: int, records: bool = True) -> None:
+        """Build or resume the run of `config`.
+
+        Args:
+            config: validated.
+            groups: this rank's.
+            num_updates_per_step: optimizer steps of a step.
+            records: False leaves the run's folder as it is, which another process may be writing.
+
+        Raises:
+            UserError: the model or the latest checkpoint cannot be read.
+        """
+        self.config, self.groups = config, groups
+        self.run = RunDirectory(Path(config.output_dir) / config.name)
+        self.is_main = dist.get_rank() == 0
+        self.state = RunState()
+        self.timer = PhaseTimer()
+        self.policy = Policy(
+            config.model,
+            groups,
+            sequence_parallel=config.parallel.sequence_parallel,
+            use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        )
+        self.reference = ReferenceWeights(self.policy) if config.algorithm.kl.coefficient else None
+        self.optimizer = Optimizer(
+            config.optimizer, self.policy, num_steps=config.train.num_steps * num_updates_per_step
+        )
+        if self.is_main and records:
+            self.run.create()
+        dist.barrier()
+        latest = training_state.latest_step(self.run.checkpoints_dir)
+        if latest is not None:
+            saved = training_state.load(self.run.checkpoints_dir, latest, self.policy, self.optimizer)
+            self.state = RunState(**saved)
+        self.log = self._open_log() if self.is_main and records else None
+        self.progress = Progress(
+            config.train.num_steps,
+            config.recipe.value,
+            self.is_main and config.logging.progress,
+            initial=self.state.step,
+        )
+
+    def _open_log(self) -> MetricsLog:
+        save_config(self.config, self.run.config_file)
+        log = MetricsLog(
+            self.run,
+            tensorboard=self.config.logging.tensorboard,
+            wandb_project=self.config.logging.wandb_project,
+            name=self.config.name,
+            config=asdict(self.config),
+        )
+        # A run that was killed wrote on after its checkpoint; those steps are made again. A run without a checkpoint
+        # starts anew, and so does its record.
+        last_step = self.state.step if self.state.step else -1
+        log.truncate_to_step(last_step)
+        truncate_rollouts_to_step(self.run, last_step)
+        return log
+
+    @property
+    def is_done(self) -> bool:
+        """All steps are made."""
+        return self.state.step >= self.config.train.num_steps
+
+    @property
+    def pad_to_multiple(self) -> int:
+        """Rows are this long or a multiple of it: sequence parallelism splits them evenly."""
+        parallel = self.config.parallel
+        return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+
+    def minibatch(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> MiniBatch:
+        """Lay out one optimizer step."""
+        return MiniBatch.of(
+            sequences,
+            indices,
+            self.groups,
+            micro_batch_tokens=self.config.train.micro_batch_tokens,
+            pad_to_multiple=self.pad_to_multiple,
+        )
+
+    def update(self, batch: MiniBatch, objective: LossFunction, *, temperature: float = 1.0) -> dict[str, Metric]:
+        """One optimizer step on a mini-batch: forward, backward, clip, step.
+
+        Raises:
+            NonFiniteError: optimizer.on_non_finite is 'stop', and the loss or the gradient norm is not finite.
+        """
+        self.optimizer.zero_grad()
+        metrics = forward_backward(self.policy, batch.rows, objective, temperature=temperature)
+        bad_losses = metrics.pop(NON_FINITE_LOSSES).value if metrics else 0.0
+        (bad_losses,) = reduce_counts([bad_losses], self.groups.world)
+        update = self.optimizer.step(loss_is_finite=not bad_losses)
+        if not update.finite and self.config.optimizer.on_non_finite is NonFinite.stop:
+            raise NonFiniteError(
+                f"step {self.state.step + 1}: the gradient norm is {update.grad_norm}, and the loss of {bad_losses:g} "
+                "rows is not finite; nothing was updated. optimizer.on_non_finite=skip goes on without such updates"
+            )
+        if not self.groups.reports:
+            return {}
+        return metrics | {
+            "optim/grad_norm": Metric("max", update.grad_norm if update.finite else math.nan),
+            "optim/lr": Metric("max", update.lr),
+            "optim/skipped_updates": Metric("sum", 0.0 if update.finite else 1.0 / self.groups.dp.size()),
+            "data/packing_efficiency": Metric("mean", batch.packing_efficiency),
+            "data/imbalance": Metric("max", batch.imbalance),
+        }
+
+    def reduce(self, metrics: dict[str, Metric]) -> dict[str, float]:
+        """Metrics of all ranks as numbers; collective."""
+        return reduce_metrics(metrics, self.groups.world)
+
+    @contextmanager
+    def step(self) -> Iterator[dict[str, float]]:
+        """One step of the run: yields the dictionary of its metrics, which is logged when the context ends.
+
+        A metric `throughput/tokens`, the tokens of the step, is completed by the rates.
+        """
+        self.timer.pop()
+        row: dict[str, float] = {}
+        yield row
+        self.state.step += 1
+        row |= self.timer.pop()
+        if "throughput/tokens" in row:
+            rate = row["throughput/tokens"] / row["timing_s/step"]
+            row["throughput/tokens_per_second"] = rate
+            row["throughput/tokens_per_second_per_gpu"] = rate / dist.get_world_size()
+        self.record(row)
+        self.progress.update(1, **{name.split("/")[-1]: row[name] for name in _SHOWN if name in row})
+        interval = self.config.checkpoint.save_interval
+        if self.is_done or (interval and self.state.step % interval == 0):
+            self.save()
+
+    def record(self, row: dict[str, float]) -> None:
+        """Append a row at the present step to the metrics."""
+        if self.log is not None:
+            self.log.append(self.state.step, row)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step; collective."""
+        if self.log is not None:
+            self.log.position()  # the steps before a checkpoint are not made again: their rows must outlive it
+        training_state.save(
+            self.run.checkpoints_dir,
+            self.state.step,
+            self.policy,
+            self.optimizer,
+            asdict(self.state),
+            keep_last=self.config.checkpoint.keep_last,
+        )
+
+    def finish(self) -> None:
+        """After the last step: export the policy."""
+        if self.config.checkpoint.export_hf:
+            export_hf(self.policy, self.run.hf_dir)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.close()
+        if self.log is not None:
+            self.log.close()
+
+
+_SHOWN = ("reward/mean", "sft/loss", "response/length_mean", "policy/entropy", "optim/grad_norm")

@@ -1,0 +1,1 @@
+"""Moving tensors through the families' tables: between Megatron parameters and files, ranks, engines."""

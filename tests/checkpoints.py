@@ -1,0 +1,99 @@
+"""Tiny Hugging Face checkpoints with random weights: real architectures, real files, a real tokenizer.
+
+`FAMILIES` names what a conversion or an engine can get wrong: tied and untied output weights, biases, q/k norms,
+grouped key-value heads, scaled rope, a head size that is not hidden / heads, a vocabulary that no rank count divides.
+Every parameter is drawn at random, also norms and biases, which a fresh model leaves at 1 and 0, where swapping two of
+them would go unseen.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+PAD_TOKEN_ID, BOS_TOKEN_ID, EOS_TOKEN_ID = 0, 1, 2
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
+VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # one token per byte: 259 = 7 * 37, odd on purpose
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 224,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "pad_token_id": PAD_TOKEN_ID,
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": _LLAMA3_ROPE},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "hidden_size": 96, "head_dim": 32},
+    "qwen3_untied": {"model_type": "qwen3", "tie_word_embeddings": False, "hidden_size": 96, "head_dim": 32},
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: every text round-trips, token of byte b is one id in [3, 259)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    pad, bos, eos = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, chat_template=CHAT_TEMPLATE
+    )
+
+
+def make_checkpoint(folder: Path | str, family: str, seed: int, **overrides: Any) -> Path:
+    """Writes config.json, model.safetensors (float32) and the tokenizer to `folder`, and returns it.
+
+    Args:
+        folder: created where missing.
+        family: a name of `FAMILIES`.
+        seed: of the weights; equal seeds give equal files.
+        overrides: fields of the Hugging Face config.
+    """
+    fields = {**_SHAPE, **FAMILIES[family], **overrides}
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.random.fork_rng(devices=[]):  # building a model draws from the global generator
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    draw_weights(model, seed)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return Path(folder)
+
+
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module, seed: int) -> None:
+    """Redraws every parameter in place; logits come out with a standard deviation of about 2."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            parameter.copy_(0.1 * noise if name.endswith("bias") else 1.0 + 0.1 * noise)
+        else:
+            # Norms keep activations at about 1 per element and fan_in^-1/2 keeps the products there. Twice that spreads
+            # the logits, and lets layers outweigh the embedding, which in a tied model only predicts the last token.
+            parameter.copy_(2.0 * parameter.shape[1] ** -0.5 * noise)

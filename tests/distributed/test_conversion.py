@@ -1,0 +1,130 @@
+"""Hugging Face checkpoints in and out at every layout: the same function, and the same bytes.
+
+One world per layout visits all families: it imports each, computes log-probs, exports it again, and trains some of
+them for a step to save a checkpoint of their own.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
+from megatron_rl.checkpoint import training_state
+from megatron_rl.checkpoint.convert import megatron_to_hf
+from megatron_rl.checkpoint.hf_export import export_hf
+from megatron_rl.config.schema import AlgorithmConfig, Dtype, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.data.packing import pack, unpack
+from megatron_rl.data.samples import TrainingSequence
+from megatron_rl.engine.initialize import initialize
+from megatron_rl.engine.optimizer import Optimizer
+from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.step import forward_backward, forward_log_probs
+from megatron_rl.trainer.minibatch import MiniBatch
+from megatron_rl.trainer.objectives import SupervisedObjective
+from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
+from tests.distributed.spawn import run_ranks
+from tests.distributed.training_ranks import LAYOUTS, recorded_rollouts
+
+# float32 against transformers: the two round differently, sums over ranks too. 4e-6 was measured for log-probs of the
+# order of 10 nats; a tensor in the wrong place shifts them by more than 0.1.
+TOLERANCE = 2e-5
+# One family with fewer groups of key-value heads than ranks, so that ranks cut through a group.
+ONE_GROUP = "llama_one_group"
+TRAINED = {"tp2": "qwen3", "pp2": "qwen3_untied", "tp2_sp": ONE_GROUP, "tp2_pp2": "qwen2_tied"}
+"""Layout -> the family whose training checkpoint is converted."""
+
+
+@dataclass(frozen=True)
+class Case:
+    folders: dict[str, Path]
+    """Family -> checkpoint."""
+    sequences: list[list[int]]
+    log_probs: dict[str, list[np.ndarray]]
+    """Family -> transformers' log-probs of each sequence's tokens but the first."""
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    root = tmp_path_factory.mktemp("hf")
+    folders = {family: make_checkpoint(root / family, family, seed=6) for family in FAMILIES}
+    folders[ONE_GROUP] = make_checkpoint(root / ONE_GROUP, "llama", seed=6, num_key_value_heads=1)
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in (2, 41, 5, 17, 40)]
+    sequences[0][1] = VOCAB_SIZE - 1  # the last row before the padding
+    return Case(folders, sequences, {family: hf_log_probs(path, sequences) for family, path in folders.items()})
+
+
+@torch.no_grad()
+def hf_log_probs(folder: Path, sequences: list[list[int]]) -> list[np.ndarray]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    out = []
+    for sequence in sequences:
+        ids = torch.tensor(sequence)
+        log_probs = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        out.append(log_probs.gather(1, ids[1:, None])[:, 0].numpy())
+    return out
+
+
+def visit(rank: int, layout: str, case: Case, output: Path) -> dict[str, list[np.ndarray]]:
+    """Import every family, export it to output/family, and return its log-probs."""
+    parallel = ParallelConfig(**LAYOUTS[layout][1])
+    groups = initialize(parallel, seed=1)
+    log_probs = {}
+    for family, folder in case.folders.items():
+        model = ModelConfig(hf_path=str(folder), params_dtype=Dtype.float32)
+        policy = Policy(model, groups, sequence_parallel=parallel.sequence_parallel)
+        log_probs[family] = policy_log_probs(policy, case.sequences)
+        # Buckets of less than the embedding and of several smaller tensors.
+        export_hf(policy, output / family, bucket_bytes=100_000)
+        if TRAINED.get(layout) == family:
+            save_trained(policy, output / "trained")
+    return log_probs
+
+
+def policy_log_probs(policy: Policy, sequences: list[list[int]]) -> list[np.ndarray]:
+    training = [TrainingSequence(np.array(s), np.ones(len(s) - 1, dtype=np.float32)) for s in sequences]
+    row = pack(training, range(len(training)), pad_to_multiple=2)
+    ((log_probs, _),) = forward_log_probs(policy, [row])
+    return [part.numpy() for part in unpack(log_probs, row)]
+
+
+def save_trained(policy: Policy, output: Path) -> None:
+    """One step, then the same weights as a run's checkpoint and as an export."""
+    optimizer = train_a_step(policy)
+    training_state.save(output / "checkpoints", 1, policy, optimizer, {}, keep_last=None)
+    export_hf(policy, output / "exported")
+
+
+def train_a_step(policy: Policy) -> Optimizer:
+    """One step of fine-tuning that changes every weight by about 0.01."""
+    optimizer = Optimizer(OptimizerConfig(lr=1e-2), policy, num_steps=1)
+    sequences = recorded_rollouts()
+    batch = MiniBatch.of(sequences, range(12), policy.groups, micro_batch_tokens=64, pad_to_multiple=2)
+    optimizer.zero_grad()
+    forward_backward(policy, batch.rows, SupervisedObjective(AlgorithmConfig(), batch.counts, token_sum_norm=1.0))
+    assert optimizer.step().finite
+    return optimizer
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2_sp", "pp2", "tp2_pp2"])
+def test_at_every_layout(tmp_path: Path, case: Case, layout: str) -> None:
+    for of_rank in run_ranks(visit, LAYOUTS[layout][0], layout, case, tmp_path, timeout_s=300.0):
+        assert of_rank.keys() == case.folders.keys()
+        for family, log_probs in of_rank.items():
+            for actual, expected in zip(log_probs, case.log_probs[family], strict=True):
+                np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE, err_msg=family)
+    for family, folder in case.folders.items():
+        assert files(tmp_path / family) == files(folder), family
+    if layout in TRAINED:
+        source, trained = case.folders[TRAINED[layout]], tmp_path / "trained"
+        megatron_to_hf(checkpoint=trained / "checkpoints", hf_path=source, output=tmp_path / "converted")
+        assert files(tmp_path / "converted") == files(trained / "exported")
+        assert files(trained / "exported")["model.safetensors"] != files(source)["model.safetensors"]

@@ -1,0 +1,102 @@
+"""A run that is killed and started again ends as if nothing had happened: bit for bit, wherever it was killed.
+
+Each kill is SIGKILL to the launcher, the ranks and all that they started, while rank 0 is stopped inside the phase.
+What is compared are all metrics but times, all logged rollouts, and the bytes of the exported weights.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.checkpoint.training_state import delete_old, iteration_folder
+from megatron_rl.trainer.rollout_log import rollout_steps
+from tests.e2e.runs import NUM_STEPS, Run, reference, repeatable
+
+PARTIAL = ".iter_000000{}.partial"
+
+KILLS = [
+    pytest.param("trainer/reinforcement.py:generate", 3, id="generate"),
+    pytest.param("core/dist_checkpointing/serialization.py:save", 5, id="save"),
+    # Before the first checkpoint: the run starts anew.
+    pytest.param("trainer/evaluation.py:evaluate", 0, id="first_evaluation", marks=pytest.mark.slow),
+    pytest.param("core/dist_checkpointing/serialization.py:save", 3, id="first_save", marks=pytest.mark.slow),
+    pytest.param("trainer/reinforcement.py:log_probs", 3, id="log_probs", marks=pytest.mark.slow),
+    pytest.param("engine/step.py:forward_backward", 3, id="train", marks=pytest.mark.slow),
+    pytest.param("rollout/engine.py:load_weights", 4, id="sync_weights", marks=pytest.mark.slow),
+    pytest.param("trainer/evaluation.py:evaluate", 4, id="last_evaluation", marks=pytest.mark.slow),
+    pytest.param("weights/hf_files.py:write_hf_checkpoint", 5, id="export", marks=pytest.mark.slow),
+]
+"""Where, and after how many rows of metrics; row 0 is the evaluation before training."""
+
+
+def assert_equals_the_undisturbed(run: Run) -> None:
+    expected = reference()
+    assert repeatable(run.rows) == repeatable(expected.rows)
+    assert rollout_steps(run.directory) == rollout_steps(expected.directory)
+    for step in rollout_steps(expected.directory):
+        file = expected.directory.rollout_file(step).name
+        assert (run.directory.rollouts_dir / file).read_bytes() == (expected.directory.rollouts_dir / file).read_bytes()
+    assert run.exported_bytes == expected.exported_bytes
+
+
+@pytest.mark.parametrize(("place", "after_rows"), KILLS)
+def test_a_killed_run_ends_as_an_undisturbed_one(place: str, after_rows: int, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.kill_inside(place, after_rows=after_rows)
+    assert not run.directory.hf_dir.exists()
+    if place.endswith("serialization.py:save"):
+        # Killed while it was written, the checkpoint is not among those that count.
+        assert (run.directory.checkpoints_dir / PARTIAL.format(after_rows - 1)).is_dir()
+        assert not (run.directory.checkpoints_dir / f"iter_000000{after_rows - 1}").exists()
+    run.succeed()
+    assert_equals_the_undisturbed(run)
+    assert sorted(path.name for path in run.directory.checkpoints_dir.glob("*iter_*")) == [
+        "iter_0000002",
+        "iter_0000004",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "left"), [(None, [2, 4, 6, 8, 10]), (1, [6, 8, 10]), (2, [4, 6, 8, 10]), (9, [2, 4, 6, 8, 10])]
+)
+def test_a_run_that_was_set_back_keeps_what_it_writes(keep_last: int | None, left: list[int], tmp_path: Path) -> None:
+    """It had reached step 10, was set back to 4, and has just saved step 6 anew."""
+    for step in (2, 4, 6, 8, 10):
+        iteration_folder(tmp_path, step).mkdir()
+    delete_old(tmp_path, 6, keep_last)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"iter_{step:07d}" for step in left]
+
+
+def copy_of_the_reference(folder: Path) -> Run:
+    shutil.copytree(reference().folder, folder, dirs_exist_ok=True)
+    return Run(folder)
+
+
+def test_a_finished_run_started_again_stays_as_it_is(tmp_path: Path) -> None:
+    run = copy_of_the_reference(tmp_path).succeed()
+    assert run.directory.metrics_file.read_bytes() == reference().directory.metrics_file.read_bytes()
+    assert_equals_the_undisturbed(run)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("__0_0.distcp"),
+        pytest.param("__1_1.distcp", marks=pytest.mark.slow),
+        pytest.param("common.pt", marks=pytest.mark.slow),
+        pytest.param(".metadata", marks=pytest.mark.slow),
+        pytest.param("metadata.json", marks=pytest.mark.slow),
+    ],
+)
+def test_a_truncated_checkpoint_file_is_named(name: str, tmp_path: Path) -> None:
+    run = copy_of_the_reference(tmp_path)
+    folder = run.directory.checkpoints_dir / f"iter_000000{NUM_STEPS}"
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    ended = run.finish()
+    assert ended.code == 2, ended.stderr[-4000:]
+    assert ended.last_line.startswith("megatron-rl: error: ")
+    assert f"runs/run/checkpoints/{folder.name}" in ended.last_line
+    assert name in ended.last_line
+    assert run.directory.metrics_file.read_bytes() == reference().directory.metrics_file.read_bytes()

@@ -1,0 +1,205 @@
+"""Conversion in one process: there and back is bit-exact, and every mistake is one line."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_rl.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_rl.checkpoint.integrity import CheckpointError, check_files
+from megatron_rl.checkpoint.training_state import LATEST, iteration_folder, latest_step
+from megatron_rl.config.errors import UserError
+from tests.checkpoints import FAMILIES, make_checkpoint
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def hf_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("hf"), "qwen3_untied", seed=4)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory, hf_path: Path) -> Path:
+    output = tmp_path_factory.mktemp("megatron") / "checkpoint"
+    hf_to_megatron(hf_path=hf_path, output=output)
+    return output
+
+
+@pytest.fixture
+def copied(tmp_path: Path, converted: Path) -> Path:
+    return Path(shutil.copytree(converted, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_every_file_is_the_same(tmp_path: Path, family: str) -> None:
+    source = make_checkpoint(tmp_path / "hf", family, seed=1)
+    (source / "LICENSE").write_text("a file that no library knows")
+    hf_to_megatron(hf_path=source, output=tmp_path / "megatron")
+    assert latest_step(tmp_path / "megatron") == 0
+    megatron_to_hf(checkpoint=tmp_path / "megatron", hf_path=source, output=tmp_path / "back")
+    assert files(tmp_path / "back") == files(source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "megatron"]  # nothing temporary
+
+
+def test_weights_come_from_the_checkpoint_and_the_rest_from_the_hf_folder(tmp_path: Path, converted: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", "qwen3_untied", seed=5)
+    (other / "README.md").write_text("the other")
+    iteration = iteration_folder(converted, 0)  # the folder of one iteration is accepted as well
+    megatron_to_hf(checkpoint=iteration, hf_path=other, output=tmp_path / "back")
+    expected, mixed = files(other), files(tmp_path / "back")
+    assert mixed.pop("model.safetensors") != expected.pop("model.safetensors")
+    assert mixed == expected
+
+
+def test_config_json_says_the_dtype(tmp_path: Path, hf_path: Path, converted: Path) -> None:
+    half = Path(shutil.copytree(hf_path, tmp_path / "half"))
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    megatron_to_hf(checkpoint=converted, hf_path=half, output=tmp_path / "back")
+    written = load_file(tmp_path / "back" / "model.safetensors")
+    for name, tensor in load_file(hf_path / "model.safetensors").items():
+        assert torch.equal(written[name], tensor.to(torch.bfloat16)), name
+
+
+def test_what_exists_is_never_replaced(tmp_path: Path, hf_path: Path, converted: Path) -> None:
+    output = tmp_path / "photographs"
+    output.mkdir()
+    (output / "one.png").touch()
+    with pytest.raises(UserError, match=r"--output: given '.*photographs', which exists"):
+        hf_to_megatron(hf_path=hf_path, output=output)
+    with pytest.raises(UserError, match=r"--output: given '.*one\.png', which exists"):
+        megatron_to_hf(checkpoint=converted, hf_path=hf_path, output=output / "one.png")
+    assert [path.name for path in output.iterdir()] == ["one.png"]
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def change(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def drop_norm(file: Path) -> None:
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("config.json", Path.unlink, r"config\.json does not exist"),
+        ("config.json", lambda file: file.write_text("{"), r"config\.json is malformed JSON"),
+        (
+            "config.json",
+            lambda file: change(file, architectures=["GPT2LMHeadModel"]),
+            "'GPT2LMHeadModel' .* allowed: L",
+        ),
+        ("config.json", lambda file: change(file, dtype="float64"), "dtype 'float64' .* allowed: float32, bfloat16"),
+        ("config.json", lambda file: change(file, hidden_size=100), r"\(259, 96\), config\.json implies \(259, 100\)"),
+        ("model.safetensors", Path.unlink, r"no weights in"),
+        ("model.safetensors", truncate, r"model\.safetensors is truncated"),
+        ("model.safetensors", drop_norm, r"tensor 'model\.norm\.weight' is missing"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value and " " not in value else "",
+)
+def test_a_damaged_hugging_face_checkpoint(tmp_path: Path, hf_path: Path, name: str, damage: Any, message: str) -> None:
+    source = Path(shutil.copytree(hf_path, tmp_path / "hf"))
+    damage(source / name)
+    with pytest.raises(UserError, match=message):
+        hf_to_megatron(hf_path=source, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (LATEST, Path.unlink, f"allowed: a folder with {LATEST}"),
+        (LATEST, lambda file: file.write_text("5"), "names step 5, but .*iter_0000005 is missing"),
+        ("iter_0000000/metadata.json", Path.unlink, "iter_0000000 is missing"),
+        ("iter_0000000/metadata.json", truncate, r"metadata\.json is damaged"),
+        (
+            "iter_0000000/metadata.json",
+            lambda file: change(file, sharded_backend="zarr"),
+            "format 'zarr'; allowed: torch",
+        ),
+        ("iter_0000000/.metadata", Path.unlink, r"\.metadata is missing"),
+        ("iter_0000000/.metadata", truncate, r"\.metadata is damaged"),
+        ("iter_0000000/common.pt", Path.unlink, r"common\.pt is missing"),
+        ("iter_0000000/common.pt", truncate, r"common\.pt is truncated or damaged"),
+        ("iter_0000000/__0_0.distcp", Path.unlink, r"__0_0\.distcp is missing, which \.metadata promises"),
+        ("iter_0000000/__0_0.distcp", truncate, r"__0_0\.distcp is truncated: \d+ bytes, but \.metadata says \d+"),
+        ("iter_0000000/__0_0.distcp", lambda f: f.write_bytes(bytes(f.stat().st_size)), "iter_0000000 cannot be read"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_a_damaged_megatron_checkpoint(
+    tmp_path: Path, hf_path: Path, copied: Path, name: str, damage: Any, message: str
+) -> None:
+    if name.endswith("common.pt") and not (copied / name).exists():
+        pytest.skip("core 0.19 keeps the common state in the .distcp files")
+    damage(copied / name)
+    with pytest.raises(CheckpointError, match=message):
+        megatron_to_hf(checkpoint=copied, hf_path=hf_path, output=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copied"]
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("qwen3", {}, "tensor 'output_layer.weight' is unknown to the model"),
+        ("qwen2", {}, r"tensor 'decoder\.layers\.self_attention\.linear_qkv\.bias' is missing"),
+        ("llama", {"tie_word_embeddings": False}, r"'decoder\.layers\.self_attention\.k_layernorm\.weight' is unknown"),
+        # More rows than stored; fewer are cut as padding, which a tensor-parallel run may have added.
+        ("qwen3_untied", {"vocab_size": 260}, r"shape \(259, 96\), config\.json \(260, 96\)"),
+        ("qwen3_untied", {"hidden_size": 128}, r"shape \(259, 96\), config\.json \(259, 128\)"),
+        ("qwen3_untied", {"num_hidden_layers": 3}, "cannot be read"),
+        ("qwen3_untied", {"intermediate_size": 192}, "cannot be read"),
+    ],
+)
+def test_a_model_of_another_shape(
+    tmp_path: Path, converted: Path, family: str, overrides: dict[str, Any], message: str
+) -> None:
+    other = make_checkpoint(tmp_path / "other", family, seed=1, **overrides)
+    with pytest.raises(CheckpointError, match=message):
+        megatron_to_hf(checkpoint=converted, hf_path=other, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Intruder:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+def test_an_index_that_would_run_code_is_refused(tmp_path: Path, copied: Path) -> None:
+    marker = tmp_path / "marker"
+    index = iteration_folder(copied, 0) / ".metadata"
+    index.write_bytes(pickle.dumps(Intruder(f"touch {marker}")))
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged: .*asks for posix\.system, which no index needs"):
+        check_files(index.parent)
+    # The same function, reached through a module that the index may name. Protocol 4 resolves dotted names.
+    command = f"touch {marker}".encode()
+    index.write_bytes(
+        b"\x80\x04ctorch.distributed.checkpoint.filesystem\nos.system\nU" + bytes([len(command)]) + command + b"\x85R."
+    )
+    with pytest.raises(CheckpointError, match=r"asks for torch\.distributed\.checkpoint\.filesystem\.os\.system"):
+        check_files(index.parent)
+    assert not marker.exists()
+    with index.open("rb") as stream:
+        pickle.load(stream)  # what the refusal prevents
+    assert marker.exists()

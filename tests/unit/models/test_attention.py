@@ -1,0 +1,105 @@
+"""Packed attention against each sequence alone, in float64, values and gradients."""
+
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+
+from megatron_rl.models.attention import PortableAttention, _PaddedBatches
+
+HEADS, CHANNELS = 4, 8
+# float32 roundings, 1.2e-7 each, over sums of up to 13 products of size 1.
+FLOAT32 = {"rtol": 1e-5, "atol": 2e-6}
+
+
+def make_attention(softmax_scale: float | None = None) -> PortableAttention:
+    config = TransformerConfig(num_layers=1, hidden_size=HEADS * CHANNELS, num_attention_heads=HEADS)
+    return PortableAttention(config, layer_number=1, softmax_scale=softmax_scale).eval()
+
+
+def packed(lengths: list[int]) -> PackedSeqParams:
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+
+
+def draw(num_tokens: int, num_groups: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    return [torch.randn(num_tokens, heads, CHANNELS, generator=generator) for heads in (HEADS, num_groups, num_groups)]
+
+
+def softmax_attention(query, key, value, lengths, scale):
+    """softmax(scale q k^T + causal mask) v of each sequence and head; query head h reads group h * groups / heads."""
+    out = torch.zeros_like(query)
+    for start, stop in pairwise([0, *accumulate(lengths)]):
+        future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+        for head in range(HEADS):
+            group = head * key.shape[1] // HEADS
+            scores = scale * query[start:stop, head] @ key[start:stop, group].T
+            out[start:stop, head] = scores.masked_fill(future, -torch.inf).softmax(-1) @ value[start:stop, group]
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[13], [1], [3, 9, 1, 4, 8, 2, 5], [6, 6, 6]], ids=str)
+@pytest.mark.parametrize("softmax_scale", [None, 0.7])
+def test_packed_rows_against_softmax_attention_of_each_sequence(num_groups, lengths, softmax_scale):
+    inputs = [tensor.requires_grad_() for tensor in draw(sum(lengths), num_groups)]
+    upstream = torch.linspace(-1, 1, sum(lengths) * HEADS * CHANNELS).view(sum(lengths), -1)
+    out = make_attention(softmax_scale)(*inputs, packed_seq_params=packed(lengths))
+    out.backward(upstream)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = softmax_attention(*exact, lengths, softmax_scale or CHANNELS**-0.5)
+    expected.backward(upstream.double())
+    torch.testing.assert_close(out.detach().double(), expected.detach(), **FLOAT32)
+    for tensor, reference in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), reference.grad, **FLOAT32)
+
+
+def test_padded_batches_give_what_packed_rows_give():
+    """[L, B, heads, channels], as without packing; padding at the end is not seen by the tokens before it."""
+    lengths = [5, 5]
+    row = draw(10, 2)
+    batch = [torch.stack([tensor[:5], tensor[5:]], dim=1) for tensor in row]
+    attention = make_attention()
+    expected = attention(*row, packed_seq_params=packed(lengths))
+    out = attention(*batch)
+    torch.testing.assert_close(torch.cat([out[:, 0], out[:, 1]]), expected, **FLOAT32)
+    padded = [torch.cat([tensor, torch.full_like(tensor[:2], 1e3)]) for tensor in batch]
+    torch.testing.assert_close(attention(*padded)[:5], out, **FLOAT32)
+
+
+def test_a_nan_in_one_sequence_stays_there():
+    row = draw(9, 2)
+    for tensor in row:
+        tensor[3:5] = torch.nan
+    out = make_attention()(*row, packed_seq_params=packed([3, 2, 4]))
+    assert out.isnan().any(1).tolist() == [False] * 3 + [True] * 2 + [False] * 4
+
+
+def test_the_index_is_made_once_per_row():
+    params = packed([2, 3])
+    attention = make_attention()
+    attention(*draw(5, 2), packed_seq_params=params)
+    first = params.padded_batches
+    attention(*draw(5, 2), packed_seq_params=params)
+    assert params.padded_batches is first
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any))
+def test_padding_is_under_a_half_and_every_token_has_a_place(lengths):
+    """Lengths of 0 come from empty sequences, which have no token."""
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    batches = _PaddedBatches.of(cu_seqlens)
+    places = torch.cat([tokens.flatten() for tokens in batches.gather])
+    # Gathering and restoring is the identity on the row.
+    assert places[batches.restore].tolist() == list(range(sum(lengths)))
+    assert batches.restore.unique().numel() == sum(lengths)
+    for tokens in batches.gather:
+        # A batch's rows are sequences of its length or at least half of it.
+        real = sum(len(set(row.tolist())) for row in tokens)
+        assert 2 * real >= tokens.numel()

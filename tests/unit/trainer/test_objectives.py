@@ -1,0 +1,148 @@
+"""The objectives on one row of literal numbers: what enters the loss, with which sign, and what is only watched."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.aggregation import GlobalCounts
+from megatron_rl.algorithms.metrics import Metric, combine
+from megatron_rl.config.schema import AlgorithmConfig, KLConfig, KLEstimator, KLPlace
+from megatron_rl.data.packing import PackedRow
+from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective
+
+# One sequence: a prompt token that is not trained on, whose values are nan on purpose, and two response tokens.
+MASK = [0.0, 1.0, 1.0]
+NAN = math.nan
+COUNTS = GlobalCounts(num_tokens=2.0, num_sequences=1.0)
+
+
+def row(**per_token: list[float]) -> PackedRow:
+    values = {"advantages": [0.0, 3.0, -1.0], "rollout_log_probs": [NAN, -1.0, -2.0], **per_token}
+    return PackedRow(
+        tokens=torch.tensor([5, 6, 7]),
+        labels=torch.tensor([6, 7, 8]),
+        loss_mask=torch.tensor(MASK),
+        position_ids=torch.arange(3),
+        cu_seqlens=torch.tensor([0, 3], dtype=torch.int32),
+        max_seqlen=3,
+        per_token={name: torch.tensor(value) for name, value in values.items()},
+        sequence_ids=(0,),
+    )
+
+
+def evaluate(
+    algorithm: AlgorithmConfig,
+    packed: PackedRow,
+    *,
+    log_probs: list[float],
+    entropy: list[float] | None = None,
+    on_policy: bool = True,
+    counts: GlobalCounts = COUNTS,
+) -> tuple[float, list[float], list[float], dict[str, Metric]]:
+    """(loss, its gradient by log_probs, by entropy, metrics)."""
+    values = torch.tensor(log_probs, requires_grad=True)
+    entropies = torch.tensor(entropy or [NAN, 1.0, 2.0], requires_grad=True)
+    objective = PolicyGradientObjective(algorithm, counts, token_sum_norm=4.0, on_policy=on_policy)
+    loss, metrics = objective(values, entropies, packed)
+    loss.backward()
+    return float(loss), gradient(values), gradient(entropies), metrics
+
+
+def gradient(values: Tensor) -> list[float]:
+    assert values.grad is not None
+    return values.grad.tolist()
+
+
+def test_on_policy_the_ratio_is_exactly_1_and_still_trains() -> None:
+    loss, by_log_probs, _, metrics = evaluate(AlgorithmConfig(), row(), log_probs=[NAN, -1.1, -2.3])
+    # Mean of -ratio * A = -(3 - 1) / 2, and of its gradient -A.
+    assert loss == -1.0
+    assert by_log_probs == [0.0, -1.5, 0.5]
+    assert metrics["policy/ratio_max"].result() == metrics["policy/ratio_min"].result() == 1.0
+    assert metrics["policy/approx_kl"].result() == 0.0
+    assert metrics["policy/clip_fraction"].result() == 0.0
+
+
+def test_off_policy_the_ratio_is_to_the_old_log_probs() -> None:
+    old = [NAN, -1.1, -2.3]
+    now = [NAN, -1.1 + math.log(1.5), -2.3 + math.log(1.1)]
+    loss, by_log_probs, _, metrics = evaluate(AlgorithmConfig(), row(old_log_probs=old), log_probs=now, on_policy=False)
+    # Ratio 1.5 with A = 3 is clipped to 1.2 and has no gradient; ratio 1.1 with A = -1 is inside.
+    assert loss == pytest.approx((-1.2 * 3 + 1.1) / 2, rel=1e-6)
+    assert by_log_probs == pytest.approx([0.0, 0.0, 1.1 / 2], rel=1e-6)
+    assert metrics["policy/ratio_max"].result() == pytest.approx(1.5, rel=1e-6)
+    assert metrics["policy/ratio_min"].result() == pytest.approx(1.1, rel=1e-6)
+    assert metrics["policy/clip_fraction_high"].result() == 0.5
+
+
+def test_the_mismatch_is_of_the_policy_that_sampled() -> None:
+    """Log-probs that later updates have moved are no disagreement of engine and model."""
+    packed = row(old_log_probs=[NAN, -1.25, -2.0])
+    _, _, _, metrics = evaluate(AlgorithmConfig(), packed, log_probs=[NAN, -9.0, -9.0], on_policy=False)
+    assert metrics["mismatch/log_prob_abs_diff_max"].result() == 0.25
+    assert metrics["mismatch/log_prob_abs_diff_mean"].result() == 0.125
+    _, _, _, metrics = evaluate(AlgorithmConfig(), row(), log_probs=[NAN, -1.5, -2.0])
+    assert metrics["mismatch/log_prob_abs_diff_max"].result() == 0.5
+
+
+def test_kl_in_the_loss_pulls_to_the_reference() -> None:
+    algorithm = AlgorithmConfig(kl=KLConfig(coefficient=0.5, estimator=KLEstimator.k2))
+    packed = row(ref_log_probs=[NAN, -2.0, -2.0], advantages=[0.0, 0.0, 0.0])
+    loss, by_log_probs, _, metrics = evaluate(algorithm, packed, log_probs=[NAN, -1.0, -2.0])
+    # k2 = d^2 / 2 of d = 1 and 0: mean 1/4, times 0.5. Gradient 0.5 d / 2: minimising lowers the token's log-prob.
+    assert loss == 0.125
+    assert by_log_probs == [0.0, 0.25, 0.0]
+    assert metrics["policy/kl_ref"].result() == 0.25
+
+
+def test_kl_in_the_reward_is_only_watched() -> None:
+    algorithm = AlgorithmConfig(kl=KLConfig(coefficient=0.5, estimator=KLEstimator.k2, place=KLPlace.reward))
+    packed = row(ref_log_probs=[NAN, -2.0, -2.0])
+    loss, by_log_probs, _, metrics = evaluate(algorithm, packed, log_probs=[NAN, -1.0, -2.0])
+    assert (loss, by_log_probs) == (-1.0, [0.0, -1.5, 0.5])
+    assert metrics["policy/kl_ref"].result() == 0.25
+
+
+def test_without_a_reference_there_is_no_kl() -> None:
+    _, _, _, metrics = evaluate(AlgorithmConfig(), row(), log_probs=[NAN, -1.0, -2.0])
+    assert "policy/kl_ref" not in metrics
+
+
+def test_the_entropy_bonus_raises_entropy() -> None:
+    algorithm = AlgorithmConfig(entropy_coefficient=0.5)
+    loss, _, by_entropy, metrics = evaluate(algorithm, row(), log_probs=[NAN, -1.0, -2.0])
+    # Mean entropy (1 + 2) / 2 lowers the loss of -1 by half of it; descent goes up in entropy.
+    assert loss == -1.75
+    assert by_entropy == [0.0, -0.25, -0.25]
+    assert metrics["policy/entropy"].result() == 1.5
+    assert metrics["policy/loss"].result() == -1.75
+
+
+def test_a_loss_that_is_not_finite_is_seen() -> None:
+    loss, _, _, metrics = evaluate(AlgorithmConfig(), row(advantages=[0.0, NAN, 1.0]), log_probs=[NAN, -1.0, -2.0])
+    assert math.isnan(loss)
+    assert math.isnan(metrics["policy/loss"].result())
+
+
+def test_the_loss_of_a_step_is_the_mean_of_its_updates() -> None:
+    """Two updates, the first of two rows, and the loss of a step is not their sum: it would grow with their number."""
+    metrics: dict[str, Metric] = {}
+    for counts, num_rows in [(GlobalCounts(4.0, 2.0), 2), (COUNTS, 1)]:
+        for _ in range(num_rows):
+            _, _, _, of_row = evaluate(AlgorithmConfig(), row(), log_probs=[NAN, -1.0, -2.0], counts=counts)
+            metrics = combine(metrics, of_row)
+    # The first update: two rows of -2 / 4 each. The second: -2 / 2.
+    assert metrics["policy/loss"].result() == -1.0
+
+
+def test_supervised_loss_is_the_mean_negative_log_likelihood() -> None:
+    log_probs = torch.tensor([NAN, -1.0, -2.0], requires_grad=True)
+    loss, metrics = SupervisedObjective(AlgorithmConfig(), COUNTS, token_sum_norm=4.0)(
+        log_probs, torch.tensor([NAN, 1.0, 2.0]), row()
+    )
+    loss.backward()
+    assert float(loss) == metrics["sft/loss"].result() == 1.5
+    assert gradient(log_probs) == [0.0, -0.5, -0.5]
+    assert metrics["policy/entropy"].result() == 1.5

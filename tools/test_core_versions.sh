@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The tests that run Megatron-Core, on several of its releases. Each release is installed in a folder of its own beside
+# the locked environment and found first on PYTHONPATH; everything else stays as locked.
+#   tools/test_core_versions.sh [VERSION ...]      default: the ones below
+# Releases from 0.17 on say that they need Python 3.12; all but a data helper that is not used here runs on 3.11.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+bin=.venv/bin
+versions=("$@")
+[ ${#versions[@]} -gt 0 ] || versions=(0.16.1 0.17.1 0.18.0 0.19.2) # 0.18.1 is withdrawn
+# Of the distributed tests those without Megatron are left out; so are the engines', which know nothing of it.
+tests=(tests/unit/device tests/unit/models tests/unit/checkpoint tests/distributed)
+for name in reductions rollout_parallel spawn vocab_parallel; do
+  tests+=("--ignore=tests/distributed/test_$name.py")
+done
+
+run() { # version; the output goes to the terminal
+  local folder=.cores/$1
+  if [ ! -d "$folder/megatron/core" ]; then
+    rm -rf "$folder.partial"
+    $bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
+      --target "$folder.partial" "megatron-core==$1" || return 1
+    rm -rf "$folder" && mv "$folder.partial" "$folder" || return 1
+  fi
+  PYTHONPATH=$folder $bin/python -W ignore -c "
+import megatron.core
+assert megatron.core.__version__.split('+')[0] == '$1', megatron.core.__file__
+" || return 1
+  PYTHONPATH=$folder $bin/pytest "${tests[@]}"
+}
+
+failed=0
+table=""
+for version in "${versions[@]}"; do
+  printf '\n\033[1mmegatron-core %s\033[0m\n' "$version"
+  started=$SECONDS
+  if run "$version"; then result=passed; else result=FAILED failed=1; fi
+  table+=$(printf '%-10s %s  %4d s' "$version" "$result" $((SECONDS - started)))$'\n'
+done
+printf '\n\033[1m%-10s result\033[0m\n%s' "core" "$table"
+exit $failed
