@@ -1,10 +1,10 @@
 """vLLM as a guest in a training process: it is quiet, and the process is afterwards as it was before.
 
 Started as its own program, vLLM may reseed the global random generators, replace `torch.set_num_threads`, preload
-libraries into every child through LD_PRELOAD, freeze the garbage collector's heap and write some sixty lines to the
-terminal. Inside a training process each of these is a bug: a resumed run would draw other numbers, a reward's
-subprocess would start with vLLM's libraries. So vLLM is imported, started and run only inside the context managers of
-this file.
+libraries into every child through LD_PRELOAD, freeze the garbage collector's heap, put stand-ins for CUDA's streams
+and events into torch, and write some sixty lines to the terminal. Inside a training process each of these is a bug: a
+resumed run would draw other numbers, a reward's subprocess would start with vLLM's libraries. So vLLM is imported,
+started and run only inside the context managers of this file.
 """
 
 import gc
@@ -21,18 +21,23 @@ import torch
 _VARIABLES = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 """Set where the user has not: VLLM_LOGGING_LEVEL=INFO in the shell brings vLLM's log back."""
 
+_TORCH_CUDA_NAMES = ("Event", "Stream", "current_stream", "stream")
+"""What vLLM's CPU worker and our own `device.cpu` both replace; the latter's serve vLLM as well."""
+
 
 @contextmanager
 def guest() -> Iterator[None]:
     """Import vLLM and start its engine in here.
 
-    Restores on exit: the random states, `torch.set_num_threads` and the number of threads, torch's default dtype, the
-    environment but for vLLM's own variables, the warning filters, and the garbage collector's view of the heap.
+    Restores on exit: the random states, `torch.set_num_threads` and the number of threads, torch's default dtype,
+    streams and events of `torch.cuda`, the environment but for vLLM's own variables, the warning filters, and the
+    garbage collector's view of the heap.
     """
     _configure()
     environment = dict(os.environ)
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     dtype = torch.get_default_dtype()
+    torch_cuda = {name: getattr(torch.cuda, name) for name in _TORCH_CUDA_NAMES}
     heap_was_frozen = gc.get_freeze_count() > 0
     # Older than `kv_cache_memory_bytes`, and it would silently win over it.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
@@ -44,6 +49,8 @@ def guest() -> Iterator[None]:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(num_threads)
         torch.set_default_dtype(dtype)
+        for name, value in torch_cuda.items():
+            setattr(torch.cuda, name, value)
         _restore(environment)
         if not heap_was_frozen:
             gc.unfreeze()

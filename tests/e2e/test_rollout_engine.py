@@ -342,6 +342,7 @@ def state():
         threads=torch.get_num_threads(), set_num_threads=torch.set_num_threads, dtype=torch.get_default_dtype(),
         device=torch.get_default_device(), grad=torch.is_grad_enabled(), frozen=gc.get_freeze_count(),
         root_log=(root.level, list(root.handlers)), environment=ours, world=dist.group.WORLD,
+        cuda=[getattr(torch.cuda, name) for name in ("Event", "Stream", "current_stream", "stream")],
     )
 
 torch.set_num_threads(2)
