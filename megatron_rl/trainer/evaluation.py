@@ -19,9 +19,10 @@ def evaluate(
     """Complete every prompt and score it; collective.
 
     Returns:
-        Metrics eval/<name>/{accuracy, pass_at_k, reward_mean, response_length_mean, truncated_fraction}, and the
-        samples by prompt. A sample is correct if the deciding reward is at least 1; accuracy is the mean over all
-        samples, pass_at_k the part of the prompts with at least one correct sample of its k.
+        Metrics eval/<name>/{accuracy, pass_at_k, reward_mean, response_length_mean, truncated_fraction}, the mean of
+        each reward as eval/<name>/reward/<reward>, and the samples by prompt. A sample is correct if the deciding
+        reward is at least 1; accuracy is the mean over all samples, pass_at_k the part of the prompts with at least
+        one correct sample of its k.
     """
     settings = config.evaluation
     chosen = prompts[: settings.max_prompts]
@@ -44,6 +45,8 @@ def evaluate(
         f"{name}/response_length_mean": _mean([len(sample.completion.token_ids) for sample in everything]),
         f"{name}/truncated_fraction": _mean([sample.completion.finish_reason == "length" for sample in everything]),
     }
+    for reward in everything[0].reward_terms if everything else ():
+        metrics[f"{name}/reward/{reward}"] = _mean([sample.reward_terms[reward] for sample in everything])
     if settings.num_samples_per_prompt > 1:
         metrics[f"{name}/pass_at_k"] = _mean([any(marks) for marks in correct])
     return metrics, samples

@@ -58,6 +58,7 @@ def test_accuracy_is_over_samples_and_pass_at_k_over_prompts() -> None:
         "eval/sums/accuracy": 3 / 6,
         "eval/sums/pass_at_k": 2 / 3,
         "eval/sums/reward_mean": pytest.approx(0.25),  # the same three, at a weight of 0.5
+        "eval/sums/reward/exact_match": 3 / 6,  # each reward by itself, without its weight
         "eval/sums/response_length_mean": 1.5,  # of 1 and 2 tokens each
         "eval/sums/truncated_fraction": 0.5,
     }
