@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerFast,
+)
 
 PAD_TOKEN_ID, BOS_TOKEN_ID, EOS_TOKEN_ID = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
@@ -79,6 +85,19 @@ def make_checkpoint(folder: Path | str, family: str, seed: int, **overrides: Any
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.random.fork_rng(devices=[]):  # building a model draws from the global generator
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    draw_weights(model, seed)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return Path(folder)
+
+
+def make_classifier(folder: Path | str, family: str, seed: int, *, per_token: bool = False) -> Path:
+    """As `make_checkpoint`, of a model with one score: per sequence, or with a bias per token."""
+    fields = {**_SHAPE, **FAMILIES[family], "num_labels": 1}
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    kind = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
+    with torch.random.fork_rng(devices=[]):
+        model = kind.from_config(config, dtype=torch.float32)
     draw_weights(model, seed)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -35,7 +35,12 @@ def export_hf(policy: Policy, folder: Path, *, bucket_bytes: int = 1 << 30) -> N
     dtype = checkpoint_dtype(policy.hf)
     tensors: Iterator[tuple[str, Tensor]] = policy.hf_tensors(bucket_bytes=bucket_bytes)
     if dist.get_rank() == 0:
-        write_hf_checkpoint(folder, ((name, tensor.to(dtype)) for name, tensor in tensors), source=policy.hf_path)
+        write_hf_checkpoint(
+            folder,
+            ((name, tensor.to(dtype)) for name, tensor in tensors),
+            source=policy.hf_path,
+            config=policy.export_config(),
+        )
     else:
         for _ in tensors:
             pass

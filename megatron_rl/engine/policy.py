@@ -66,7 +66,7 @@ class Policy:
         """
         self.groups = groups
         self.hf_path = Path(model.hf_path)
-        self.hf: dict[str, Any] = read_json_object(self.hf_path / "config.json", "model.hf_path")
+        self.hf: dict[str, Any] = self._model_config(read_json_object(self.hf_path / "config.json", "model.hf_path"))
         self.maps = family_of(self.hf).tensor_maps(self.hf)
         self.dtype = TORCH_DTYPES[model.params_dtype]
         chosen = dict(
@@ -86,16 +86,28 @@ class Policy:
             pre_process=groups.is_first_stage,
             post_process=groups.is_last_stage,
         )
+        self._install_head()
         self.parameters = local_parameters([self.gpt])
         check_table(self.parameters, self.maps, groups.tp.rank(), groups.tp.size())
         if model.load_weights:
             self.load_hf_weights(self.hf_path)
-        self.head = LogProbHead(groups, self.hf["vocab_size"])
-        self.gpt.compute_language_model_loss = self.head
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer, overlap_grad_reduce=False
         )
         self.chunks: list[Any] = [DistributedDataParallel(self.config, ddp, self.gpt)]
+
+    def _model_config(self, hf: dict[str, Any]) -> dict[str, Any]:
+        """The config.json of the model that is built, given that of model.hf_path."""
+        return hf
+
+    def _install_head(self) -> None:
+        """Decide what the model returns for a row."""
+        self.head: Any = LogProbHead(self.groups, self.hf["vocab_size"])
+        self.gpt.compute_language_model_loss = self.head
+
+    def export_config(self) -> dict[str, Any] | None:
+        """The config.json of an exported checkpoint; None: that of model.hf_path."""
+        return None
 
     def load_hf_weights(self, folder: Path) -> None:
         """Fill this rank's shards from a Hugging Face checkpoint, reading only what it holds.

@@ -25,8 +25,8 @@ from megatron_rl.engine.policy import Policy
 NON_FINITE_LOSSES = "optim/non_finite_losses"
 """Metric: rows whose loss was nan or infinite."""
 
-LossFunction = Callable[[Tensor, Tensor, PackedRow], tuple[Tensor, dict[str, Metric]]]
-"""(log_probs [T], entropy [T], row) -> (loss, metrics)."""
+LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
+"""(log_probs [T], entropy [T], row) -> (loss, metrics) for a policy; (values [T], row) for a scalar model."""
 
 
 def _packed_seq_params(row: PackedRow) -> PackedSeqParams:
@@ -116,13 +116,28 @@ def forward_log_probs(
         For each row (log_probs [T], entropy [T]), float32, nats, on the CPU, on every rank of the replica.
     """
     policy.head.temperature = temperature
+    return [(log_probs, entropy) for log_probs, entropy in _forward(policy, rows, num_outputs=2)]
+
+
+@torch.no_grad()
+def forward_values(model: Policy, rows: Sequence[PackedRow]) -> list[Tensor]:
+    """Values of every token under a `ScalarModel`, without gradient.
+
+    Returns:
+        For each row [T], float32, on the CPU, on every rank of the replica.
+    """
+    return [values for (values,) in _forward(model, rows, num_outputs=1)]
+
+
+def _forward(policy: Policy, rows: Sequence[PackedRow], *, num_outputs: int) -> list[tuple[Tensor, ...]]:
+    """What the head gives for each row, `num_outputs` tensors [T], from the last stage to all."""
     outputs = _run(policy, rows, None, forward_only=True)
     groups = policy.groups
     if groups.pp.size() > 1:
         lengths = [len(row.tokens) for row in rows]
-        flat = torch.empty(2, sum(lengths), dtype=torch.float32, device=this_device())
+        flat = torch.empty(num_outputs, sum(lengths), dtype=torch.float32, device=this_device())
         if groups.is_last_stage:
-            flat = torch.stack([torch.cat([o[i] for o in outputs]) for i in range(2)])
+            flat = torch.stack([torch.cat([o[i] for o in outputs]) for i in range(num_outputs)])
         dist.broadcast(flat, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
         outputs = list(zip(*(part.split(lengths) for part in flat), strict=True))
-    return [(log_probs.cpu(), entropy.cpu()) for log_probs, entropy in outputs]
+    return [tuple(output.cpu() for output in of_row) for of_row in outputs]

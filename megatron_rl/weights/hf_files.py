@@ -42,6 +42,11 @@ class HFCheckpointReader:
                 raise UserError(f"{file}: not a complete safetensors file: {error}") from None
             self._files |= dict.fromkeys(handle.keys(), handle)
 
+    @property
+    def names(self) -> set[str]:
+        """Names of the tensors."""
+        return set(self._files)
+
     def check(self, maps: Sequence[TensorMap]) -> None:
         """Compare the files with a family's table.
 
@@ -75,7 +80,12 @@ class HFCheckpointReader:
 
 
 def write_hf_checkpoint(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, source: Path, max_file_bytes: int = 5 << 30
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: Path,
+    config: dict[str, Any] | None = None,
+    max_file_bytes: int = 5 << 30,
 ) -> None:
     """Write a Hugging Face checkpoint: safetensors with an index, and everything else of `source` but its weights.
 
@@ -83,6 +93,7 @@ def write_hf_checkpoint(
         folder: created; an older one is replaced when the new one is complete.
         tensors: (name, tensor), consumed lazily; at most `max_file_bytes` of them are held.
         source: checkpoint folder whose config, tokenizer and other files are copied.
+        config: written as config.json in the place of the source's.
         max_file_bytes: size of one safetensors file.
     """
     partial = folder.with_name(f".{folder.name}.partial")
@@ -112,6 +123,8 @@ def write_hf_checkpoint(
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(_NOT_COPIED):
             shutil.copyfile(file, partial / file.name)
+    if config is not None:
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,83 @@
+"""A model over the training ranks that gives one number per token: a critic, an outcome or a process reward model.
+
+It is a policy in all but its head, so that the optimizer, the passes over packed rows and the checkpoints work on it
+as they do on a policy. It starts from a language model, whose output layer it leaves out, or from a Hugging Face
+classifier, whose `score` it takes; it is written as a classifier.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.config.hf_checkpoint import read_json_object
+from megatron_rl.config.schema import ModelConfig
+from megatron_rl.engine.policy import Policy
+from megatron_rl.models.scalar_head import ScalarHead, backbone_config, scalar_config, scalar_maps
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.weights.hf_files import HFCheckpointReader
+
+
+class ValueOutput:
+    """Takes the place of GPTModel's language-model loss: the head's output as it is."""
+
+    temperature = 1.0
+    """Without meaning here; set alike for every model before a pass."""
+
+    def __call__(self, labels: Tensor, values: Tensor) -> tuple[Tensor]:
+        """values [T, 1, 1] -> [T] float32."""
+        return (values.flatten(),)
+
+
+class ScalarModel(Policy):
+    """A backbone with a scalar head, over the training ranks."""
+
+    def __init__(self, model: ModelConfig, groups: Groups, *, per_token: bool = False, **layout: Any) -> None:
+        """See `Policy`.
+
+        Args:
+            per_token: whether it is written as a *ForTokenClassification, whose head has a bias, as critics and
+                process reward models are; else as a *ForSequenceClassification, an outcome reward model.
+        """
+        self.per_token = per_token
+        super().__init__(model, groups, **layout)
+
+    def _model_config(self, hf: dict[str, Any]) -> dict[str, Any]:
+        self._source = hf
+        return backbone_config(hf)
+
+    def _install_head(self) -> None:
+        self.maps = scalar_maps(self.maps, self.config.hidden_size, bias=self.per_token)
+        if self.groups.is_last_stage:
+            self.gpt.output_layer = ScalarHead(self.config, bias=self.per_token)
+        self.head = ValueOutput()
+        self.gpt.compute_language_model_loss = self.head
+
+    def export_config(self) -> dict[str, Any]:
+        """The classifier's config.json."""
+        return scalar_config(self._source, per_token=self.per_token)
+
+    def load_hf_weights(self, folder: Path) -> None:
+        """See `Policy`. Where the folder has no `score`, the head starts at 0."""
+        reader = HFCheckpointReader(folder)
+        absent = {m.name for m in self.maps if m.name.startswith("output_layer.") and not _has(reader, m.hf_shapes)}
+        stored = [m for m in self.maps if m.name not in absent]
+        reader.check(stored)
+        tp = self.groups.tp
+        with torch.no_grad():
+            for tensor_map in stored:
+                if tensor_map.name in self.parameters:
+                    reader.read_shard(tensor_map, tp.rank(), tp.size(), self.parameters[tensor_map.name])
+            for name in absent & self.parameters.keys():
+                self.parameters[name].zero_()
+
+
+def _has(reader: HFCheckpointReader, names: Any) -> bool:
+    return all(name in reader.names for name in names)
+
+
+def is_scalar_checkpoint(folder: Path) -> bool:
+    """Whether a Hugging Face folder holds a classifier."""
+    architecture = (read_json_object(folder / "config.json", "hf_path").get("architectures") or [""])[0]
+    return architecture.endswith(("ForSequenceClassification", "ForTokenClassification"))
