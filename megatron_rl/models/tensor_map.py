@@ -1,25 +1,33 @@
 """Where every element of a Megatron parameter lives in a Hugging Face checkpoint, as data.
 
-A Megatron shard is a concatenation, along one dimension, of runs of rows (or columns) of Hugging Face tensors. That
-sentence covers every layout of a dense decoder: column- and row-parallel matrices, the interleaving of query, key and
-value heads by group, the stacking of gate and up projections, the padded vocabulary, and KV heads fewer than ranks.
+A Megatron shard is a concatenation, along one dimension, of runs of rows (or columns) of Hugging Face matrices. That
+sentence covers every layout: column- and row-parallel matrices, the interleaving of query, key and value heads by
+group, the stacking of gate and up projections, the padded vocabulary, KV heads fewer than ranks, and experts, each of
+which is a parameter of its own. Some checkpoints keep all experts of a layer in one tensor, transposed, with the rows
+of gate and up taking turns: then the matrix is `tensor[index].T`, and a run takes every second row.
 Import reads a shard's runs from disk, export and live weight sync write them back; nothing else knows the layouts,
 and the same table serves both directions, so a round trip is exact by construction.
+
+Who holds what follows from three things in the map. `expert` says which group of ranks splits the parameter: the
+expert-tensor-parallel one for an expert, which one expert-parallel rank holds (`expert_parallel_rank`), else the
+tensor-parallel one, on every expert-parallel rank alike. `replicated` says that all ranks of that group hold all of
+it. `runs(rank, size)` says what a rank of that group holds. Where the layer is, the pipeline stage says.
 
 Pure: shapes and names in, runs out; no tensor, no process group.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Run:
-    """`size` consecutive rows (along the map's dimension) of a Hugging Face tensor, or of zeros (hf_name None)."""
+    """`size` rows (along the map's dimension) of a Hugging Face matrix, `step` apart, or of zeros (hf_name None)."""
 
     hf_name: str | None
     start: int
     size: int
+    step: int = 1
 
 
 RunsOfRank = Callable[[int, int], list[Run]]
@@ -27,15 +35,20 @@ RunsOfRank = Callable[[int, int], list[Run]]
 
 @dataclass(frozen=True)
 class TensorMap:
-    """One Megatron parameter and the Hugging Face tensors that it is made of.
+    """One Megatron parameter (or persistent buffer) and the Hugging Face tensors that it is made of.
 
     Attributes:
-        name: Megatron's parameter name with the layer number counted over the whole model, in the names of the
-            unfused (portable) layers.
-        hf_shapes: shape of each Hugging Face tensor involved.
-        dim: dimension along which runs are concatenated.
-        replicated: True if every tensor-parallel rank holds all of it.
-        runs: (tp_rank, tp_size) -> the runs whose concatenation is that rank's shard.
+        name: Megatron's parameter name with the layer number counted over the whole model and the expert's over the
+            whole layer, in the names of the unfused (portable) layers.
+        hf_shapes: shape of each Hugging Face tensor involved, as stored.
+        dim: dimension of the matrices along which runs are concatenated.
+        replicated: True if every rank of the group that splits it holds all of it.
+        runs: (rank, size) in that group -> the runs whose concatenation is that rank's shard.
+        expert: number of the expert that this is a part of, counted over the whole layer; None: of no expert.
+        num_experts: of the layer, if `expert` is a number; expert-parallel ranks share them out evenly, in order.
+        index: the matrices are [index] of the tensors, which stack those of all experts; None: the tensors.
+        transposed: the matrices are the transposes of what is stored.
+        float32: kept in float32, whatever the dtype of the model.
     """
 
     name: str
@@ -43,12 +56,27 @@ class TensorMap:
     dim: int
     replicated: bool
     runs: RunsOfRank
+    expert: int | None = None
+    num_experts: int = 0
+    index: int | None = None
+    transposed: bool = False
+    float32: bool = False
 
-    def shard_shape(self, tp_rank: int, tp_size: int) -> tuple[int, ...]:
-        """Shape of that rank's shard."""
-        shape = list(next(iter(self.hf_shapes.values())))
-        shape[self.dim] = sum(run.size for run in self.runs(tp_rank, tp_size))
+    def matrix_shape(self, hf_name: str) -> tuple[int, ...]:
+        """Shape of the matrix whose rows (along `dim`) the runs count."""
+        shape = self.hf_shapes[hf_name]
+        shape = shape if self.index is None else shape[1:]
+        return shape[::-1] if self.transposed else shape
+
+    def shard_shape(self, rank: int, size: int) -> tuple[int, ...]:
+        """Shape of the shard of that rank in the group that splits the parameter."""
+        shape = list(self.matrix_shape(next(iter(self.hf_shapes))))
+        shape[self.dim] = sum(run.size for run in self.runs(rank, size))
         return tuple(shape)
+
+    def expert_parallel_rank(self, expert_parallel_size: int) -> int | None:
+        """The expert-parallel rank that holds it; None if all of them do."""
+        return None if self.expert is None else self.expert // (self.num_experts // expert_parallel_size)
 
 
 def replicated(name: str, hf_name: str, shape: tuple[int, ...]) -> TensorMap:
@@ -74,6 +102,37 @@ def gate_up(name: str, gate: str, up: str, shape: tuple[int, ...]) -> TensorMap:
         return [Run(gate, rank * part, part), Run(up, rank * part, part)]
 
     return TensorMap(name, {gate: shape, up: shape}, 0, False, runs)
+
+
+def alternating_gate_up(name: str, hf_name: str, shape: tuple[int, ...]) -> TensorMap:
+    """Gated MLP, stored as one matrix whose even rows are the gate projection and whose odd rows are the up one."""
+
+    def runs(rank: int, size: int) -> list[Run]:
+        part = shape[0] // 2 // size
+        return [Run(hf_name, 2 * rank * part + odd, part, step=2) for odd in (0, 1)]
+
+    return TensorMap(name, {hf_name: shape}, 0, False, runs)
+
+
+def of_expert(tensor_map: TensorMap, expert: int, num_experts: int) -> TensorMap:
+    """The same, of one expert of a layer that has `num_experts`."""
+    return replace(tensor_map, expert=expert, num_experts=num_experts)
+
+
+def stacked(experts: Sequence[TensorMap], *, transposed: bool = False) -> list[TensorMap]:
+    """The same parameters, of one expert each, where a tensor stacks the (transposed) matrices of all of them."""
+    return [
+        replace(
+            expert,
+            hf_shapes={
+                name: (len(experts), *(shape[::-1] if transposed else shape))
+                for name, shape in expert.hf_shapes.items()
+            },
+            index=index,
+            transposed=transposed,
+        )
+        for index, expert in enumerate(experts)
+    ]
 
 
 def qkv(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.weights.runs import rows, runs_of_shard
 
 
 class HFTensorIterator:
@@ -91,10 +92,7 @@ def _assemble(tensor_map: TensorMap, shards: list[Tensor]) -> Iterator[tuple[str
         return
     whole = {name: shards[0].new_empty(shape) for name, shape in tensor_map.hf_shapes.items()}
     for rank, shard in enumerate(shards):
-        offset = 0
-        for run in tensor_map.runs(rank, len(shards)):
-            if run.hf_name is not None:
-                source = shard.narrow(tensor_map.dim, offset, run.size)
-                whole[run.hf_name].narrow(tensor_map.dim, run.start, run.size).copy_(source)
-            offset += run.size
+        for piece in runs_of_shard(tensor_map, rank, len(shards), shard):
+            if piece.run.hf_name is not None:
+                rows(whole[piece.run.hf_name], tensor_map.dim, piece.run).copy_(piece.shard)
     yield from whole.items()

@@ -9,14 +9,18 @@ from torch import Tensor
 from megatron_rl.models.tensor_map import (
     Run,
     TensorMap,
+    alternating_gate_up,
     gate_up,
+    of_expert,
     padded_vocabulary_size,
     qkv,
     replicated,
     split,
+    stacked,
     vocabulary,
 )
 from megatron_rl.weights.gather import _assemble
+from megatron_rl.weights.runs import matrix, rows, runs_of_shard
 
 
 def test_replicated():
@@ -42,6 +46,42 @@ def test_gate_and_up_are_stacked_in_each_rank():
     assert mlp.runs(0, 2) == [Run("gate", 0, 3), Run("up", 0, 3)]
     assert mlp.runs(1, 2) == [Run("gate", 3, 3), Run("up", 3, 3)]
     assert mlp.shard_shape(0, 2) == (6, 4)
+
+
+def test_gate_and_up_that_take_turns():
+    # Rows g0 u0 g1 u1 g2 u2 g3 u3 over two ranks: the second stacks [g2 g3] on [u2 u3].
+    mlp = alternating_gate_up("ours", "theirs", (8, 4))
+    assert mlp.runs(1, 2) == [Run("theirs", 4, 2, step=2), Run("theirs", 5, 2, step=2)]
+    assert mlp.shard_shape(1, 2) == (4, 4)
+    whole = torch.arange(32).view(8, 4)
+    assert [rows(whole, 0, run)[:, 0].tolist() for run in mlp.runs(1, 2)] == [[16, 24], [20, 28]]
+
+
+def test_experts_are_shared_out_in_order():
+    experts = [of_expert(split(f"ours.{i}", f"theirs.{i}", (4, 6), dim=1), i, 8) for i in range(8)]
+    assert [expert.expert_parallel_rank(4) for expert in experts] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert {expert.expert_parallel_rank(1) for expert in experts} == {0}
+    assert experts[5].runs(1, 2) == [Run("theirs.5", 3, 3)]
+    assert split("ours", "theirs", (4, 6), dim=1).expert_parallel_rank(4) is None
+
+
+def test_a_stack_of_transposed_experts():
+    # Three experts of [rows 2, columns 4] in a tensor of [3, 4, 2]; the second of two ranks has columns 2 and 3.
+    experts = [of_expert(split(f"ours.{i}", "theirs", (2, 4), dim=1), i, 3) for i in range(3)]
+    stack = stacked(experts, transposed=True)
+    assert [m.hf_shapes for m in stack] == [{"theirs": (3, 4, 2)}] * 3
+    assert [m.index for m in stack] == [0, 1, 2]
+    assert [m.expert for m in stack] == [0, 1, 2]
+    assert stack[1].shard_shape(1, 2) == (2, 2)
+    whole = torch.arange(24).view(3, 4, 2)
+    shard = torch.zeros(2, 2, dtype=torch.int64)
+    for piece in runs_of_shard(stack[1], 1, 2, shard):
+        piece.shard.copy_(rows(matrix(stack[1], whole), 1, piece.run))
+    assert shard.tolist() == [[12, 14], [13, 15]]  # whole[1] = [[8, 9], [10, 11], [12, 13], [14, 15]], transposed
+    vectors = stacked([of_expert(replicated(f"ours.{i}", "theirs", (2,)), i, 3) for i in range(3)])
+    assert vectors[2].hf_shapes == {"theirs": (3, 2)}
+    assert vectors[2].shard_shape(0, 1) == (2,)
+    assert matrix(vectors[2], torch.arange(6).view(3, 2)).tolist() == [4, 5]
 
 
 def attention(num_heads: int, num_groups: int, head_dim: int, columns: tuple[int, ...] = (5,)) -> TensorMap:
@@ -111,7 +151,7 @@ def maps_and_sizes(draw: st.DrawFn) -> tuple[TensorMap, int]:
     """A parameter of any kind and shape that Megatron takes, and a tensor-parallel size that divides it."""
     tp_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
     size = st.integers(1, 4)
-    kind = draw(st.sampled_from(["replicated", "split", "gate_up", "qkv", "qkv_bias", "vocabulary"]))
+    kind = draw(st.sampled_from(["replicated", "split", "gate_up", "alternating", "qkv", "qkv_bias", "vocabulary"]))
     if kind == "replicated":
         return replicated("ours", "theirs", (draw(size),)), tp_size
     if kind == "split":
@@ -121,6 +161,8 @@ def maps_and_sizes(draw: st.DrawFn) -> tuple[TensorMap, int]:
         return split("ours", "theirs", tuple(shape), dim=dim), tp_size
     if kind == "gate_up":
         return gate_up("ours", "gate", "up", (draw(size) * tp_size, draw(size))), tp_size
+    if kind == "alternating":
+        return alternating_gate_up("ours", "theirs", (2 * draw(size) * tp_size, draw(size))), tp_size
     if kind == "vocabulary":
         return vocabulary("ours", "theirs", (draw(st.integers(1, 40)), draw(size))), tp_size
     # Query heads are shared evenly by the groups and by the ranks; groups are a multiple or a divisor of the ranks; and
@@ -162,5 +204,6 @@ def shard_of(tensor_map: TensorMap, whole: dict[str, Tensor], rank: int, tp_size
         shape[tensor_map.dim] = run.size
         zeros = torch.zeros(shape, dtype=torch.int64)
         assert run.size > 0
-        pieces.append(zeros if run.hf_name is None else whole[run.hf_name].narrow(tensor_map.dim, run.start, run.size))
+        index = torch.tensor([run.start + i * run.step for i in range(run.size)])
+        pieces.append(zeros if run.hf_name is None else whole[run.hf_name].index_select(tensor_map.dim, index))
     return torch.cat(pieces, tensor_map.dim)
