@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 
+from ..config.functions import cause
 from ..data.samples import Completion, Prompt, Sample
-from .registry import BoundReward, RewardError, cause
+from .registry import BoundReward, RewardError
 
 SHOWN_CHARACTERS = 80
 """Of a completion, in an error message."""
