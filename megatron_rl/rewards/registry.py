@@ -63,8 +63,6 @@ def resolve_rewards(config: RewardsConfig) -> list[BoundReward]:
         if any(settings.name == other.name for other in bound):
             raise RewardError(f"{key}.name: {settings.name!r} is given twice; the terms of a reward go by their names")
         function = find_function(settings.name, BUILT_INS, key=f"{key}.name", what="reward", error=RewardError)
-        call = bind(
-            settings.name, function, key=key, offered=SAMPLE_KEYWORDS, args=settings.args, error=RewardError
-        )
+        call = bind(settings.name, function, key=key, offered=SAMPLE_KEYWORDS, args=settings.args, error=RewardError)
         bound.append(BoundReward(settings.name, settings.weight, call))
     return bound
