@@ -74,7 +74,8 @@ def test_ticks_are_round_and_enclose_the_numbers(low, high, expected):
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
 def test_any_range_has_a_few_ticks_around_it(low, width):
     ticks = nice_ticks(low, low + width, 4)
-    slack = 1e-8 * (ticks[1] - ticks[0])  # an end within a billionth of a step of a tick needs no further one
+    # An end within a billionth of a step of a tick needs no further one; a tick itself is rounded to a float.
+    slack = 1e-8 * (ticks[1] - ticks[0]) + math.ulp(max(abs(low), abs(low + width)))
     assert ticks[0] - slack <= low
     assert low + width <= ticks[-1] + slack
     # The spacing is at least a fourth of the range, so at most 4 + 2 ticks; at most 2.5 fourths, so at least 2.
