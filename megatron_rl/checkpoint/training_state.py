@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.models.gpt import GPTModel
 
 from megatron_rl.checkpoint.integrity import CheckpointError, check_files, loading
 from megatron_rl.device import HAS_CUDA
@@ -113,14 +114,22 @@ def _restore_steps(optimizer: Optimizer) -> None:
                 state["step"] = torch.tensor(float(state.get("step", 0.0) if of_group is None else of_group))
 
 
+def _chunks(policy: Policy) -> dict[str, GPTModel]:
+    """This rank's models under Megatron's keys: `model`, or `model0`, `model1` ... for a stage of several chunks."""
+    models = policy.models
+    return {f"model{i}" if len(models) > 1 else "model": gpt for i, gpt in enumerate(models)}
+
+
 def _state(policy: Policy, optimizer: Optimizer, *, is_loading: bool) -> dict[str, Any]:
     _allocate_moments(optimizer)
-    model = policy.gpt.sharded_state_dict()
+    model = {key: gpt.sharded_state_dict() for key, gpt in _chunks(policy).items()}
     kind = _optimizer_format(optimizer)
     rank = ShardedObject("rng_state", _rng_state(), (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
     return {
-        "model": model,
-        "optimizer": optimizer.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=kind),
+        **model,
+        "optimizer": optimizer.megatron.sharded_state_dict(
+            model if len(model) > 1 else model["model"], is_loading=is_loading, metadata=kind
+        ),
         "rng_state": rank,
     }
 
@@ -179,7 +188,8 @@ def load(checkpoints: Path, step: int, policy: Policy, optimizer: Optimizer) -> 
     template = _state(policy, optimizer, is_loading=True)
     with loading(folder):
         state = dist_checkpointing.load(template, str(folder))
-    policy.gpt.load_state_dict(state["model"])
+    for key, gpt in _chunks(policy).items():
+        gpt.load_state_dict(state[key])
     _complete_steps(state["optimizer"])
     optimizer.megatron.load_state_dict(state["optimizer"])
     _restore_steps(optimizer)

@@ -15,6 +15,8 @@ from typing import Any
 from megatron_rl.config.errors import ConfigError
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What config.json calls the number of routed experts: Qwen3-MoE, Mixtral and GPT-OSS, DeepSeek."""
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -33,6 +35,8 @@ class ModelShape:
     vocab_size: int
     max_position_embeddings: int
     """Tokens of the longest sequence."""
+    num_experts: int = 0
+    """Routed experts of an MoE layer; 0 for a dense model."""
 
 
 def read_model_shape(folder: Path, key: str = "model.hf_path") -> ModelShape:
@@ -49,12 +53,13 @@ def read_model_shape(folder: Path, key: str = "model.hf_path") -> ModelShape:
         raise ConfigError(f"{key}: architectures in {folder / 'config.json'} must name one; given {architectures}")
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     sizes = {}
-    for name in list(ModelShape.__dataclass_fields__)[1:]:
+    for name in list(ModelShape.__dataclass_fields__)[1:-1]:
         size = config.get(name)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(f"{key}: {name} in {folder / 'config.json'}: given {size}, allowed: an integer >= 1")
         sizes[name] = size
-    return ModelShape(architecture=str(architectures[0]), **sizes)
+    num_experts = next((config[name] for name in _NUM_EXPERTS if config.get(name)), 0)
+    return ModelShape(architecture=str(architectures[0]), **sizes, num_experts=num_experts)
 
 
 def check_tokenizer(folder: Path, key: str = "model.hf_path") -> None:

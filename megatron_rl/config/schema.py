@@ -103,6 +103,22 @@ class ParallelConfig:
     """Ranks that split every layer's matrices."""
     pipeline_model_parallel_size: int = 1
     """Ranks that split the layers."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Chunks of layers that each pipeline stage holds, taken in turn: a smaller bubble for more messages. null: one."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Layers of the first stage, where it also holds the embedding; null: as many as the others."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Layers of the last stage, where it also holds the output layer; null: as many as the others."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as a layer when the layers are split evenly."""
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the output layer as a layer when the layers are split evenly."""
+    context_parallel_size: int = 1
+    """Ranks that split every sequence of a row, each taking an early and a late part of it (zig-zag)."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of MoE layers; they come from the tensor, context and data ranks of a stage."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that split each expert's matrices; null: tensor_model_parallel_size."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel ranks by sequence; needs tensor_model_parallel_size > 1."""
     data_parallel_size: int | None = None

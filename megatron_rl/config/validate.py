@@ -22,6 +22,7 @@ from megatron_rl.config.hf_checkpoint import (
     read_model_shape,
 )
 from megatron_rl.config.load import shown
+from megatron_rl.config.pipeline import layers_of_stages
 from megatron_rl.config.ranges import check_ranges
 from megatron_rl.config.schema import Aggregation, Config, LRDecayStyle, ParallelConfig, Recipe
 
@@ -37,6 +38,14 @@ _OWN_KEY_OF_TRANSFORMER_FIELD = {
     "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
     "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
     "sequence_parallel": "parallel.sequence_parallel",
+    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage": "parallel.num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage": "parallel.num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split": "parallel.account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split": "parallel.account_for_loss_in_pipeline_split",
+    "context_parallel_size": "parallel.context_parallel_size",
+    "expert_model_parallel_size": "parallel.expert_model_parallel_size",
+    "expert_tensor_parallel_size": "parallel.expert_tensor_parallel_size",
 }
 _OWN_KEY_OF_ENGINE_ARGUMENT = {
     "model": "model.hf_path",
@@ -49,12 +58,6 @@ _OWN_KEY_OF_ENGINE_ARGUMENT = {
     "kv_cache_memory_bytes": "rollout.kv_cache_gigabytes",
     "enforce_eager": "rollout.enforce_eager",
 }
-_UNSUPPORTED_TRANSFORMER_FIELDS = (
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-)
 
 
 def validate(
@@ -82,17 +85,26 @@ def validate(
     check_files(config)
 
 
+def replica_ranks(parallel: ParallelConfig) -> int:
+    """Ranks that hold one replica of the model and share its rows."""
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
 def data_parallel_size(parallel: ParallelConfig, world_size: int | None) -> int:
     """Number of replicas: what was asked for, else what the ranks leave; 1 if neither is known.
 
     Raises:
         ConfigError: the layout does not make up the world.
     """
-    sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    model_ranks = sizes[0] * sizes[1]
+    model_ranks = replica_ranks(parallel)
     if world_size is None:
         return parallel.data_parallel_size or 1
-    product = f"tensor_model_parallel_size {sizes[0]} x pipeline_model_parallel_size {sizes[1]}"
+    product = (
+        f"tensor_model_parallel_size {parallel.tensor_model_parallel_size} x "
+        f"pipeline_model_parallel_size {parallel.pipeline_model_parallel_size}"
+    )
+    if parallel.context_parallel_size > 1:
+        product += f" x context_parallel_size {parallel.context_parallel_size}"
     if parallel.data_parallel_size is None:
         if world_size % model_ranks:
             raise ConfigError(f"parallel: given {product} for {world_size} ranks, allowed: a divisor of their number")
@@ -135,14 +147,13 @@ def check_model(
     """The layout and the lengths against the model's sizes."""
     if shape.architecture not in architectures:
         _refuse("model.hf_path", f"architecture {shape.architecture}", ", ".join(architectures))
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    tp = config.parallel.tensor_model_parallel_size
     _check_heads("parallel.tensor_model_parallel_size", tp, shape)
     if shape.intermediate_size % tp:
         _refuse("parallel.tensor_model_parallel_size", tp, f"a divisor of intermediate_size {shape.intermediate_size}")
-    if shape.num_hidden_layers % pp:
-        key = "parallel.pipeline_model_parallel_size"
-        _refuse(key, pp, f"a divisor of the model's {shape.num_hidden_layers} layers")
-    stage_layers = shape.num_hidden_layers // pp
+    _check_experts(config.parallel, shape)
+    stages = layers_of_stages(config.parallel, shape.num_hidden_layers)
+    stage_layers = min(min(chunks) for chunks in stages)
     if (config.model.recompute_num_layers or 0) > stage_layers:
         _refuse(
             "model.recompute_num_layers", config.model.recompute_num_layers, f"[1, {stage_layers}], a stage's layers"
@@ -165,6 +176,18 @@ def check_files(config: Config) -> None:
     for key, file in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if file is not None and not Path(file).is_file():
             _refuse(key, file, "an existing file")
+
+
+def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
+    if not shape.num_experts:
+        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if getattr(parallel, name) not in (None, 1):
+                _refuse(f"parallel.{name}", getattr(parallel, name), "1 for a model without experts")
+    elif shape.num_experts % parallel.expert_model_parallel_size:
+        key = "parallel.expert_model_parallel_size"
+        _refuse(key, parallel.expert_model_parallel_size, f"a divisor of the model's {shape.num_experts} experts")
+    elif parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        _refuse("parallel.sequence_parallel", False, "true for a model with experts and tensor_model_parallel_size > 1")
 
 
 def _check_heads(key: str, ranks: int, shape: ModelShape) -> None:
@@ -197,10 +220,6 @@ def _check_free_form(config: Config) -> None:
         for name in given:
             if name in owners:
                 _refuse(f"{section}.{name}", given[name], f"only by {owners[name]}")
-    for name in _UNSUPPORTED_TRANSFORMER_FIELDS:
-        size = config.model.transformer_config.get(name)
-        if size not in (None, 1):
-            _refuse(f"model.transformer_config.{name}", size, "1")
 
 
 def _check_data(config: Config) -> None:
@@ -218,6 +237,20 @@ def _check_layout(config: Config, world_size: int | None) -> None:
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         _refuse("parallel.sequence_parallel", True, "true only with parallel.tensor_model_parallel_size > 1")
+    if parallel.context_parallel_size > 1:
+        _refuse("parallel.context_parallel_size", parallel.context_parallel_size, "1")
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    if vpp is not None and parallel.pipeline_model_parallel_size == 1:
+        _refuse("parallel.virtual_pipeline_model_parallel_size", vpp, "null without pipeline_model_parallel_size > 1")
+    expert_tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    expert_ranks = parallel.expert_model_parallel_size * expert_tensor
+    stage_ranks = _num_ranks(config, world_size) // parallel.pipeline_model_parallel_size
+    if stage_ranks % expert_ranks:
+        _refuse(
+            "parallel.expert_model_parallel_size x expert_tensor_parallel_size",
+            expert_ranks,
+            f"a divisor of the {stage_ranks} ranks of a pipeline stage",
+        )
 
 
 def _check_batches(config: Config, world_size: int | None) -> None:
@@ -280,8 +313,7 @@ def _check_rollout(config: Config, world_size: int | None) -> None:
 
 def _num_ranks(config: Config, world_size: int | None) -> int:
     parallel = config.parallel
-    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    return model_ranks * data_parallel_size(parallel, world_size)
+    return replica_ranks(parallel) * data_parallel_size(parallel, world_size)
 
 
 def _refuse(key: str, given: object, allowed: str) -> NoReturn:

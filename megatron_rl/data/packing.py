@@ -99,6 +99,7 @@ def plan_micro_batches(
     num_ranks: int,
     micro_batch_tokens: int,
     cost: Callable[[int], float] | None = None,
+    num_rows_multiple: int = 1,
 ) -> Plan:
     """Distributes sequences over ranks and rows; every sequence once, the same number of rows (>= 1) on every rank.
 
@@ -108,6 +109,7 @@ def plan_micro_batches(
         micro_batch_tokens: most tokens of a row that holds more than one sequence; a longer sequence is a row alone.
         cost: work of a sequence of so many tokens, in any unit; what ranks and rows are balanced by. A model with
             attention costs a * L + b * L^2. Default: the tokens.
+        num_rows_multiple: the number of rows is one of its multiples, as interleaved pipeline stages ask for.
 
     Returns:
         [rank][micro_batch] -> indices. Rows go from the most to the least costly, so that ranks that run in step run
@@ -121,6 +123,7 @@ def plan_micro_batches(
     ranks = largest_differencing(range(len(lengths)), costs, num_ranks)
     fitted = [_first_fit_decreasing(rank, lengths, micro_batch_tokens) for rank in ranks]
     num_rows = max(1, *(len(rows) for rows in fitted))
+    num_rows += -num_rows % num_rows_multiple
     plan = []
     for rank, fallback in zip(ranks, fitted, strict=True):
         rows = largest_differencing(rank, costs, num_rows)

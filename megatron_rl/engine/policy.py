@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_rl.config.hf_checkpoint import read_json_object
-from megatron_rl.config.schema import Dtype, LayerSpec, ModelConfig
+from megatron_rl.config.schema import Dtype, LayerSpec, ModelConfig, ParallelConfig
 from megatron_rl.device import HAS_CUDA
 from megatron_rl.models.build import build_gpt_model, transformer_config
 from megatron_rl.models.capabilities import HAS_TRANSFORMER_ENGINE
@@ -49,17 +49,29 @@ class LogProbHead:
 
 
 class Policy:
-    """A model over the training ranks."""
+    """A model over the training ranks.
+
+    Attributes:
+        models: this rank's GPTModels, one per virtual pipeline stage; without those, one.
+        chunks: the same, wrapped in core's DistributedDataParallel.
+        parameters: of all of them, by the names of the family's table.
+    """
 
     def __init__(
         self,
         model: ModelConfig,
         groups: Groups,
+        parallel: ParallelConfig,
         *,
-        sequence_parallel: bool = False,
         use_distributed_optimizer: bool = True,
     ) -> None:
         """Build this rank's part and load its weights, or draw them from the seed that `initialize` was given.
+
+        Args:
+            model: what is trained.
+            groups: of this rank, as `initialize` made them from `parallel`.
+            parallel: the layout.
+            use_distributed_optimizer: shard the optimizer's state over the data-parallel ranks.
 
         Raises:
             UserError: the checkpoint is not one of a supported model, or its files are not what config.json says.
@@ -70,7 +82,11 @@ class Policy:
         self.maps = family_of(self.hf).tensor_maps(self.hf)
         self.dtype = TORCH_DTYPES[model.params_dtype]
         chosen = dict(
-            sequence_parallel=sequence_parallel,
+            sequence_parallel=parallel.sequence_parallel,
+            num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+            num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+            account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
+            account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
             recompute_granularity=model.recompute_granularity,
             recompute_method=model.recompute_method,
             recompute_num_layers=model.recompute_num_layers,
@@ -79,22 +95,27 @@ class Policy:
         use_te = model.layer_spec is LayerSpec.transformer_engine or (
             model.layer_spec is LayerSpec.auto and HAS_TRANSFORMER_ENGINE and HAS_CUDA
         )
-        self.gpt: GPTModel = build_gpt_model(
-            self.hf,
-            self.config,
-            use_transformer_engine=use_te,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
-        )
+        num_chunks = parallel.virtual_pipeline_model_parallel_size or 1
+        self.models: list[GPTModel] = [
+            build_gpt_model(
+                self.hf,
+                self.config,
+                use_transformer_engine=use_te,
+                pre_process=groups.is_first_stage and chunk == 0,
+                post_process=groups.is_last_stage and chunk == num_chunks - 1,
+                vp_stage=chunk if num_chunks > 1 else None,
+            )
+            for chunk in range(num_chunks)
+        ]
         self._install_head()
-        self.parameters = local_parameters([self.gpt])
+        self.parameters = local_parameters(self.models)
         check_table(self.parameters, self.maps, groups.tp.rank(), groups.tp.size())
         if model.load_weights:
             self.load_hf_weights(self.hf_path)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer, overlap_grad_reduce=False
         )
-        self.chunks: list[Any] = [DistributedDataParallel(self.config, ddp, self.gpt)]
+        self.chunks: list[Any] = [DistributedDataParallel(self.config, ddp, model) for model in self.models]
 
     def _model_config(self, hf: dict[str, Any]) -> dict[str, Any]:
         """The config.json of the model that is built, given that of model.hf_path."""
@@ -103,7 +124,7 @@ class Policy:
     def _install_head(self) -> None:
         """Decide what the model returns for a row."""
         self.head: Any = LogProbHead(self.groups, self.hf["vocab_size"])
-        self.gpt.compute_language_model_loss = self.head
+        self.models[-1].compute_language_model_loss = self.head
 
     def export_config(self) -> dict[str, Any] | None:
         """The config.json of an exported checkpoint; None: that of model.hf_path."""
@@ -126,7 +147,7 @@ class Policy:
 
     def _share_tied_embedding(self) -> None:
         """The last pipeline stage's copy of a tied embedding holds the same rows as the first stage's."""
-        gpt = self.gpt
+        gpt = self.models[-1]
         if gpt.share_embeddings_and_output_weights and gpt.post_process and not gpt.pre_process:
             embedding = next(m for m in self.maps if m.name == "embedding.word_embeddings.weight")
             reader = HFCheckpointReader(self.hf_path)

@@ -19,7 +19,7 @@ class ReferenceWeights:
 
     def _parameters(self) -> dict[str, Tensor]:
         # By Megatron's own names: the last stage's copy of a tied embedding is swapped too.
-        return dict(self.policy.gpt.named_parameters())
+        return {f"{i}.{name}": p for i, gpt in enumerate(self.policy.models) for name, p in gpt.named_parameters()}
 
     @contextmanager
     @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config.hf_checkpoint import read_json_object
-from megatron_rl.config.schema import ModelConfig
+from megatron_rl.config.schema import ModelConfig, ParallelConfig
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.scalar_head import ScalarHead, backbone_config, scalar_config, scalar_maps
 from megatron_rl.parallel.groups import Groups
@@ -33,7 +33,9 @@ class ValueOutput:
 class ScalarModel(Policy):
     """A backbone with a scalar head, over the training ranks."""
 
-    def __init__(self, model: ModelConfig, groups: Groups, *, per_token: bool = False, **layout: Any) -> None:
+    def __init__(
+        self, model: ModelConfig, groups: Groups, parallel: ParallelConfig, *, per_token: bool = False, **settings: Any
+    ) -> None:
         """See `Policy`.
 
         Args:
@@ -41,7 +43,7 @@ class ScalarModel(Policy):
                 process reward models are; else as a *ForSequenceClassification, an outcome reward model.
         """
         self.per_token = per_token
-        super().__init__(model, groups, **layout)
+        super().__init__(model, groups, parallel, **settings)
 
     def _model_config(self, hf: dict[str, Any]) -> dict[str, Any]:
         self._source = hf
@@ -50,9 +52,9 @@ class ScalarModel(Policy):
     def _install_head(self) -> None:
         self.maps = scalar_maps(self.maps, self.config.hidden_size, bias=self.per_token)
         if self.groups.is_last_stage:
-            self.gpt.output_layer = ScalarHead(self.config, bias=self.per_token)
+            self.models[-1].output_layer = ScalarHead(self.config, bias=self.per_token)
         self.head = ValueOutput()
-        self.gpt.compute_language_model_loss = self.head
+        self.models[-1].compute_language_model_loss = self.head
 
     def export_config(self) -> dict[str, Any]:
         """The classifier's config.json."""

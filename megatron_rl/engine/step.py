@@ -73,9 +73,10 @@ def _finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any)
 
 def _run(policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction | None, *, forward_only: bool) -> list[Any]:
     policy.config.finalize_model_grads_func = _finalize
+    rows = [_on_device(row) for row in rows]
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, loss_fn=loss_fn),
-        data_iterator=iter([_on_device(row) for row in rows]),
+        data_iterator=[iter(rows) for _ in policy.chunks] if len(policy.chunks) > 1 else iter(rows),
         model=policy.chunks,
         num_microbatches=len(rows),
         # With variable_seq_lengths pipeline stages tell each other the true length of each row.
@@ -92,7 +93,8 @@ def forward_backward(
     """Accumulate the gradients of sum over rows and ranks of `loss_fn`, reduced over all ranks.
 
     Args:
-        rows: this data-parallel rank's micro-batches; every rank has the same number of them, at least one.
+        rows: this data-parallel rank's micro-batches; every rank has the same number of them, at least one. With
+            virtual pipeline stages a multiple of the number of stages.
         loss_fn: see LossFunction; called on the last pipeline stage.
         temperature: divides the logits.
 

@@ -54,10 +54,15 @@ def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dic
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise UserError(f"model.transformer_config: unknown field '{unknown[0]}' of Megatron's TransformerConfig")
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     pipeline_size = parallel_state.get_pipeline_model_parallel_world_size()
     fields = dict(
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=pipeline_size,
+        virtual_pipeline_model_parallel_size=chunks,
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -78,6 +83,10 @@ def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dic
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        # With two interleaved stages both neighbours are the same rank. Forward and backward messages in one batch
+        # would be taken for each other, so they are sent one by one, and then may overlap with computation.
+        overlap_p2p_comm=chunks is not None,
+        batch_p2p_comm=chunks is None,
         batch_p2p_sync=HAS_CUDA,
     )
     return TransformerConfig(
@@ -85,7 +94,7 @@ def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dic
     )
 
 
-def portable_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
+def portable_layers(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Core's local layers with our norm and attention: no Transformer Engine, with sequence parallelism and packing."""
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     layer = spec.submodules
@@ -94,10 +103,12 @@ def portable_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
     attention.core_attention = PortableAttention
     if attention.q_layernorm is not IdentityOp:
         attention.q_layernorm = attention.k_layernorm = PortableNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=PortableNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage), layer_norm=PortableNorm
+    )
 
 
-def transformer_engine_layers(config: TransformerConfig) -> ModuleSpec:
+def transformer_engine_layers(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec:
     """Transformer Engine's fused layers."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -111,14 +122,16 @@ def build_gpt_model(
     use_transformer_engine: bool,
     pre_process: bool,
     post_process: bool,
+    vp_stage: int | None = None,
 ) -> GPTModel:
-    """This pipeline stage's GPTModel, randomly initialised from core's RNG tracker.
+    """This pipeline stage's GPTModel, or one chunk of it, randomly initialised from core's RNG tracker.
 
     Args:
         hf: config.json.
         config: of `transformer_config`.
         use_transformer_engine: Transformer Engine's layers instead of the portable ones.
-        pre_process, post_process: whether this stage holds the embedding and the output layer.
+        pre_process, post_process: whether this chunk holds the embedding and the output layer.
+        vp_stage: number of the chunk; None: the stage is not cut into several.
 
     Returns:
         The model on this rank's device, with parameters of config.params_dtype. Its vocabulary is padded to a
@@ -126,11 +139,14 @@ def build_gpt_model(
     """
     arguments = dict(
         config=config,
-        transformer_layer_spec=(transformer_engine_layers if use_transformer_engine else portable_layers)(config),
+        transformer_layer_spec=(transformer_engine_layers if use_transformer_engine else portable_layers)(
+            config, vp_stage
+        ),
         vocab_size=padded_vocabulary_size(hf["vocab_size"], config.tensor_model_parallel_size),
         pre_process=pre_process,
         post_process=post_process,
         parallel_output=True,
+        vp_stage=vp_stage,
         **family_of(hf).gpt_fields(hf),
     )
     model = GPTModel(**known_arguments(GPTModel.__init__, arguments))

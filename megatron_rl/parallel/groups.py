@@ -9,7 +9,12 @@ from torch.distributed import ProcessGroup
 class Groups:
     """Process groups that this rank belongs to, and its place in them.
 
-    Ranks are laid out tensor-parallel fastest, then data-parallel, then pipeline (Megatron's order tp-cp-ep-dp-pp).
+    Ranks are laid out tensor-parallel fastest, then context, then data, then pipeline (Megatron's order
+    tp-cp-ep-dp-pp). Experts cut the same ranks of a stage anew: expert-tensor fastest, then expert, then expert-data.
+
+    Which group a sum over the batch needs: context-parallel ranks hold parts of the same rows, and each computes the
+    loss of whole rows from log-probs that it gathered. So counts of tokens and sequences are summed over `dp`, and
+    gradients, of which each rank has its part's, over `dp_cp`.
     """
 
     world: ProcessGroup
@@ -19,7 +24,15 @@ class Groups:
     pp: ProcessGroup
     """Ranks that share the layers, first stage first."""
     dp: ProcessGroup
-    """Ranks with the same part of the model."""
+    """Ranks with the same part of the model and different rows."""
+    cp: ProcessGroup
+    """Ranks that share the tokens of the same rows."""
+    dp_cp: ProcessGroup
+    """Ranks with the same part of the model: over these its gradients are summed."""
+    ep: ProcessGroup
+    """Ranks that share the experts of a layer."""
+    etp: ProcessGroup
+    """Ranks that share each expert's matrices."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -34,4 +47,4 @@ class Groups:
     @property
     def reports(self) -> bool:
         """Whether this rank's metrics count: one rank of each data-parallel replica, on the last stage."""
-        return self.is_last_stage and self.tp.rank() == 0
+        return self.is_last_stage and self.tp.rank() == 0 and self.cp.rank() == 0

@@ -8,6 +8,9 @@ most frequent collectives stay on one node, and pipeline stages are farthest apa
     dp rank    0 0 1 1 0 0 1 1
     pp rank    0 0 0 0 1 1 1 1
 
+Context-parallel ranks lie between the two: neighbours of a tensor-parallel group, inside a replica. Experts are spread
+over the same ranks of a pipeline stage, counted anew: expert-tensor fastest, then expert, then expert-data.
+
 Engines are cut from the same line of ranks, by a size of their own: with engines of 4, ranks 0-3 and 4-7.
 """
 
@@ -24,6 +27,7 @@ class Coordinates:
     tensor: int
     data: int
     pipeline: int
+    context: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,26 @@ class Layout:
     data_parallel_size: int
     engine_size: int = 1
     """Consecutive ranks that share one engine; divides world_size."""
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    """None: tensor_model_parallel_size."""
 
     @property
     def world_size(self) -> int:
         """Number of training ranks."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
+        return self.stage_ranks * self.pipeline_model_parallel_size
+
+    @property
+    def stage_ranks(self) -> int:
+        """Training ranks that hold the layers of one pipeline stage, all replicas together."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.data_parallel_size
+
+    @property
+    def expert_data_parallel_size(self) -> int:
+        """Ranks with the same part of the same experts."""
+        tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+        return self.stage_ranks // (tensor * self.expert_model_parallel_size)
 
     @property
     def num_engines(self) -> int:
@@ -50,12 +69,14 @@ class Layout:
         """Where a rank in [0, world_size) stands."""
         assert 0 <= rank < self.world_size
         outer, tensor = divmod(rank, self.tensor_model_parallel_size)
+        outer, context = divmod(outer, self.context_parallel_size)
         pipeline, data = divmod(outer, self.data_parallel_size)
-        return Coordinates(tensor, data, pipeline)
+        return Coordinates(tensor, data, pipeline, context)
 
     def rank(self, at: Coordinates) -> int:
         """Inverse of `coordinates`."""
-        return (at.pipeline * self.data_parallel_size + at.data) * self.tensor_model_parallel_size + at.tensor
+        outer = (at.pipeline * self.data_parallel_size + at.data) * self.context_parallel_size + at.context
+        return outer * self.tensor_model_parallel_size + at.tensor
 
     def engine(self, rank: int) -> int:
         """Number of the engine, in [0, num_engines), that a rank is part of."""
@@ -83,4 +104,7 @@ def layout_of(config: Config, world_size: int | None = None) -> Layout:
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         data_parallel_size=data_parallel_size(config.parallel, world_size),
         engine_size=config.rollout.tensor_model_parallel_size,
+        context_parallel_size=config.parallel.context_parallel_size,
+        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
     )

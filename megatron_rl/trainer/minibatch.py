@@ -40,6 +40,7 @@ class MiniBatch:
         *,
         micro_batch_tokens: int,
         pad_to_multiple: int,
+        num_rows_multiple: int = 1,
     ) -> "MiniBatch":
         """Lay out the sequences at `indices`; a row's `sequence_ids` are positions in `sequences`.
 
@@ -49,9 +50,15 @@ class MiniBatch:
             groups: this rank's.
             micro_batch_tokens: most tokens of a row.
             pad_to_multiple: rows are filled up to a multiple of this.
+            num_rows_multiple: see `plan_micro_batches`.
         """
         lengths = [sequences[i].num_positions for i in indices]
-        plan = plan_micro_batches(lengths, num_ranks=groups.dp.size(), micro_batch_tokens=micro_batch_tokens)
+        plan = plan_micro_batches(
+            lengths,
+            num_ranks=groups.dp.size(),
+            micro_batch_tokens=micro_batch_tokens,
+            num_rows_multiple=num_rows_multiple,
+        )
         mine = [[indices[i] for i in row] for row in plan[groups.dp.rank()]]
         masks = [float(sequences[i].loss_mask.sum()) for i in indices]
         return MiniBatch(

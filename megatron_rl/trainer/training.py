@@ -67,7 +67,7 @@ class Training:
         self.policy = Policy(
             config.model,
             groups,
-            sequence_parallel=config.parallel.sequence_parallel,
+            config.parallel,
             use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         )
         self.reference = ReferenceWeights(self.policy) if config.algorithm.kl.coefficient else None
@@ -118,12 +118,16 @@ class Training:
 
     def minibatch(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> MiniBatch:
         """Lay out one optimizer step."""
+        parallel = self.config.parallel
         return MiniBatch.of(
             sequences,
             indices,
             self.groups,
             micro_batch_tokens=self.config.train.micro_batch_tokens,
             pad_to_multiple=self.pad_to_multiple,
+            num_rows_multiple=parallel.pipeline_model_parallel_size
+            if parallel.virtual_pipeline_model_parallel_size
+            else 1,
         )
 
     def update(self, batch: MiniBatch, objective: LossFunction, *, temperature: float = 1.0) -> dict[str, Metric]:

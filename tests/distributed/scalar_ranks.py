@@ -20,7 +20,7 @@ def start_scalar_model(checkpoint: Path, layout: str, *, per_token: bool) -> Sca
     parallel = ParallelConfig(**LAYOUTS[layout][1])
     groups = initialize(parallel, seed=1)
     settings = ModelConfig(hf_path=str(checkpoint), params_dtype=Dtype.float32)
-    return ScalarModel(settings, groups, per_token=per_token, sequence_parallel=parallel.sequence_parallel)
+    return ScalarModel(settings, groups, parallel, per_token=per_token)
 
 
 def values_of(

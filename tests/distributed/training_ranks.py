@@ -46,7 +46,7 @@ def start_policy(checkpoint: Path, layout: str, **model: Any) -> Policy:
     parallel = ParallelConfig(**LAYOUTS[layout][1])
     groups = initialize(parallel, seed=1)
     settings = ModelConfig(hf_path=str(checkpoint), params_dtype=Dtype.float32, **model)
-    return Policy(settings, groups, sequence_parallel=parallel.sequence_parallel)
+    return Policy(settings, groups, parallel)
 
 
 def recorded_rollouts(num_sequences: int = 12) -> list[TrainingSequence]:
@@ -97,6 +97,7 @@ def _train(policy: Policy, micro_batch_tokens: int, kind: str) -> list[dict[str,
             policy.groups,
             micro_batch_tokens=micro_batch_tokens,
             pad_to_multiple=2,
+            num_rows_multiple=policy.groups.pp.size(),
         )
         if kind == "sft":
             objective = SupervisedObjective(algorithm, batch.counts, token_sum_norm=16.0)

@@ -54,8 +54,8 @@ def train_and_export(rank: int, source: Path, output: Path) -> list[Greedy]:
         prompt = torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
         response: list[int] = []
         while len(response) < NUM_TOKENS and EOS_TOKEN_ID not in response:
-            response.append(int(policy_logits(policy.gpt, prompt + response)[-1].argmax()))
-        logits = policy_logits(policy.gpt, prompt + response)
+            response.append(int(policy_logits(policy.models[0], prompt + response)[-1].argmax()))
+        logits = policy_logits(policy.models[0], prompt + response)
         (log_probs,) = policy_log_probs(policy, [prompt + response])
         completions.append(Greedy(prompt, response, logits, log_probs))
     return completions

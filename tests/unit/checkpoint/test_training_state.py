@@ -55,7 +55,7 @@ class Run:
         num_steps: int = 10,
     ) -> None:
         model = ModelConfig(hf_path=str(hf_path), params_dtype=dtype, load_weights=not fresh)
-        self.policy = Policy(model, groups, use_distributed_optimizer=distributed)
+        self.policy = Policy(model, groups, ParallelConfig(), use_distributed_optimizer=distributed)
         settings = OptimizerConfig(
             lr=lr,
             lr_decay_style=LRDecayStyle.linear,
@@ -80,7 +80,7 @@ class Run:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a step reads: parameters, the optimizer's float32 copies, moments and step counts."""
-        tensors = dict(self.policy.gpt.named_parameters())
+        tensors = dict(self.policy.models[0].named_parameters())
         (inner,) = (one.optimizer for one in self.optimizer.megatron.chained_optimizers)
         flat = [parameter for group in inner.param_groups for parameter in group["params"]]
         for index, parameter in enumerate(flat):

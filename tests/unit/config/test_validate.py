@@ -96,7 +96,7 @@ def test_what_is_sound_passes(empty: Path, keys: Sequence[str], world_size: int 
         ),
         (
             ["model.transformer_config.context_parallel_size=2"],
-            "model.transformer_config.context_parallel_size: given 2, allowed: 1",
+            "model.transformer_config.context_parallel_size: given 2, allowed: only by parallel.context_parallel_size",
         ),
         (
             ["rollout.engine_args.max_num_seqs=2"],
@@ -157,6 +157,18 @@ def test_what_is_sound_passes(empty: Path, keys: Sequence[str], world_size: int 
             "parallel.pipeline_model_parallel_size: given 4, allowed: a divisor of the model's 6 layers",
         ),
         (
+            ["parallel.virtual_pipeline_model_parallel_size=2"],
+            "parallel.virtual_pipeline_model_parallel_size: given 2, allowed: null without pipeline_model_parallel",
+        ),
+        (
+            ["parallel.expert_model_parallel_size=2"],
+            "parallel.expert_model_parallel_size x expert_tensor_parallel_size: given 2, allowed: a divisor of the 1",
+        ),
+        (
+            ["parallel.expert_model_parallel_size=2", "parallel.data_parallel_size=2"],
+            "parallel.expert_model_parallel_size: given 2, allowed: 1 for a model without experts",
+        ),
+        (
             ["parallel.data_parallel_size=3", "rollout.tensor_model_parallel_size=2"],
             "rollout.tensor_model_parallel_size: given 2, allowed: a divisor of the 3 ranks",
         ),
@@ -200,6 +212,15 @@ def test_replicas_fill_the_world() -> None:
     assert data_parallel_size(parallel, 30) == 5
     with pytest.raises(ConfigError, match=r"x data_parallel_size 5 = 30, allowed: 24, the number of ranks"):
         data_parallel_size(parallel, 24)
+
+
+def test_experts_are_divided(empty: Path) -> None:
+    shape = ModelShape(**{**SHAPE.__dict__, "num_experts": 6})
+    four = ["parallel.data_parallel_size=4", "parallel.expert_model_parallel_size=4"]
+    with pytest.raises(ConfigError, match="given 4, allowed: a divisor of the model's 6 experts"):
+        check_model(load_config(empty, [*SFT, *four]), shape, generates=False)
+    with pytest.raises(ConfigError, match="sequence_parallel: given False, allowed: true for a model with experts"):
+        check_model(load_config(empty, [*SFT, "parallel.tensor_model_parallel_size=2"]), shape, generates=False)
 
 
 def test_the_mlp_is_divided_too(empty: Path) -> None:

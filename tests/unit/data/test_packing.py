@@ -206,3 +206,10 @@ def test_many_short_rows_are_planned() -> None:
 def test_impossible_sizes_are_refused(lengths: list[int], num_ranks: int, micro_batch_tokens: int) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         plan_micro_batches(lengths, num_ranks=num_ranks, micro_batch_tokens=micro_batch_tokens)
+
+
+def test_rows_come_in_multiples() -> None:
+    """Interleaved pipeline stages want as many rows as there are stages, also where fewer would hold everything."""
+    plan = plan_micro_batches([3, 2, 2], num_ranks=1, micro_batch_tokens=100, num_rows_multiple=2)
+    assert plan == [[[1, 2], [0]]]
+    assert plan_micro_batches([5], num_ranks=2, micro_batch_tokens=5, num_rows_multiple=2) == [[[0], []], [[], []]]

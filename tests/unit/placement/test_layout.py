@@ -20,17 +20,17 @@ def test_coordinates_by_hand() -> None:
     assert layout.rank(Coordinates(tensor=1, data=0, pipeline=1)) == 5
 
 
-@pytest.mark.parametrize(("tp", "pp", "dp"), itertools.product((1, 2, 3), repeat=3))
-def test_groups_are_megatrons(tp: int, pp: int, dp: int) -> None:
-    layout = Layout(tp, pp, dp)
-    megatron = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
+@pytest.mark.parametrize(("tp", "pp", "dp", "cp"), itertools.product((1, 2, 3), (1, 2, 3), (1, 2, 3), (1, 2)))
+def test_groups_are_megatrons(tp: int, pp: int, dp: int, cp: int) -> None:
+    layout = Layout(tp, pp, dp, context_parallel_size=cp)
+    megatron = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order="tp-cp-ep-dp-pp")
     ranks = range(layout.world_size)
     assert [layout.rank(layout.coordinates(rank)) for rank in ranks] == list(ranks)
-    for name, dimension in (("tp", "tensor"), ("dp", "data"), ("pp", "pipeline")):
+    for name, dimension in (("tp", "tensor"), ("dp", "data"), ("pp", "pipeline"), ("cp", "context")):
         for group in megatron.get_ranks(name):
             # Along a group one coordinate counts up and the others stay.
             assert [getattr(layout.coordinates(rank), dimension) for rank in group] == list(range(len(group)))
-            others = {"tensor", "data", "pipeline"} - {dimension}
+            others = {"tensor", "data", "pipeline", "context"} - {dimension}
             assert all(len({getattr(layout.coordinates(rank), other) for rank in group}) == 1 for other in others)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -36,7 +37,7 @@ def groups() -> Iterator[Groups]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     world = dist.group.WORLD
     assert world is not None
-    yield Groups(world=world, tp=world, pp=world, dp=world)
+    yield Groups(**dict.fromkeys((field.name for field in fields(Groups)), world))
     dist.destroy_process_group()
 
 
