@@ -1,12 +1,58 @@
-"""From one reward per completion to one advantage per completion, against the other completions of its prompt.
+"""From one reward per completion to one advantage per completion: against its group, the batch, or the past.
 
-A group is the set of completions with equal id, in any order and of any size: nothing here reshapes. Arithmetic is
-float64, in which a sum of equal float32 rewards is exact, so that a group without contrast gets exactly 0 and not a
-rounding error that a tiny standard deviation would blow up.
+A group is the set of completions with equal id (of one prompt), in any order and of any size: nothing here reshapes.
+Arithmetic is float64, in which a sum of equal float32 rewards is exact, so that a group without contrast gets exactly 0
+and not a rounding error that a tiny standard deviation would blow up.
+
+Which of them bias the policy gradient, E[A grad log pi] against the gradient of E[reward] (tests/theory shows each):
+
+    leave one out               unbiased: the baseline of a completion does not depend on it
+    group mean                  (K - 1)/K times the unbiased one, for groups of K: a matter of the learning rate
+    ... over the group's std    biased: prompts are weighed by 1/std, and the std depends on the completion itself
+    running baseline            unbiased, if it is of the steps before
+    whitening over the batch    biased by a part that vanishes with the batch: one scale for all prompts
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megatron_rl.algorithms.metrics import Moments
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Completions by group."""
+
+    index: Tensor
+    """[N] int64: each completion's group, 0 to G - 1."""
+    sizes: Tensor
+    """[G] float64."""
+
+    @staticmethod
+    def of(rewards: Tensor, group_ids: Tensor) -> "Groups":
+        """Args:
+            rewards: [N], finite: one that is not would reach every completion of its group.
+            group_ids: [N] int64.
+
+        Raises:
+            ValueError: the shapes differ, or a reward is not finite.
+        """
+        if rewards.shape != group_ids.shape or rewards.dim() != 1:
+            raise ValueError(f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must both be [N]")
+        bad = torch.nonzero(~torch.isfinite(rewards)).flatten()
+        if len(bad) > 0:
+            first = int(bad[0])
+            raise ValueError(
+                f"rewards[{first}] is {float(rewards[first])} (group {int(group_ids[first])}); must be finite"
+            )
+        unique_ids, index = torch.unique(group_ids, return_inverse=True)
+        return Groups(index, torch.bincount(index, minlength=len(unique_ids)).double())
+
+    def means(self, values: Tensor) -> Tensor:
+        """[N] float64: the mean of its group, for each completion."""
+        return (torch.zeros_like(self.sizes).index_add(0, self.index, values) / self.sizes)[self.index]
 
 
 def group_relative_advantages(
@@ -32,23 +78,96 @@ def group_relative_advantages(
         [N] float32.
 
     Raises:
-        ValueError: the shapes differ, or a reward is not finite (it would reach every completion of its group).
+        ValueError: the shapes differ, or a reward is not finite.
     """
-    if rewards.shape != group_ids.shape or rewards.dim() != 1:
-        raise ValueError(f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must both be [N]")
-    bad = torch.nonzero(~torch.isfinite(rewards)).flatten()
-    if len(bad) > 0:
-        first = int(bad[0])
-        raise ValueError(f"rewards[{first}] is {float(rewards[first])} (group {int(group_ids[first])}); must be finite")
-    unique_ids, group = torch.unique(group_ids, return_inverse=True)
-    sizes = torch.bincount(group, minlength=len(unique_ids)).double()
-
-    def group_mean(values: Tensor) -> Tensor:
-        return torch.zeros_like(sizes).index_add(0, group, values) / sizes
-
+    groups = Groups.of(rewards, group_ids)
     values = rewards.detach().double()
-    deviations = values - group_mean(values)[group]
+    deviations = values - groups.means(values)
     if normalize_by_std:
-        std = group_mean(deviations.square()).sqrt()[group]
+        std = groups.means(deviations.square()).sqrt()
         deviations = torch.where(deviations == 0, 0.0, deviations / (std + std_epsilon))
     return deviations.float()
+
+
+def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """Advantage of each completion over the mean of the *others* of its group (RLOO).
+
+        A_i = r_i - sum_{j != i} r_j / (K - 1) = K / (K - 1) (r_i - mean_g)
+
+    A group of one has nobody to compare with: its advantage is 0.
+
+    Source: Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740, eq. 5.
+
+    Args, Returns, Raises:
+        As `group_relative_advantages`.
+    """
+    groups = Groups.of(rewards, group_ids)
+    values = rewards.detach().double()
+    size = groups.sizes[groups.index]
+    return ((values - groups.means(values)) * size / (size - 1).clamp(min=1)).float()
+
+
+def informative(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """[N] bool: whether the completion's group has two different rewards, so that any advantage is not 0.
+
+    DAPO samples until the batch is full of such groups (dynamic sampling, arXiv:2503.14476, section 3.2: accuracy
+    neither 0 nor 1). Arguments and errors as `group_relative_advantages`.
+    """
+    groups = Groups.of(rewards, group_ids)
+    high = rewards.new_full(groups.sizes.shape, -torch.inf).scatter_reduce(0, groups.index, rewards, "amax")
+    low = rewards.new_full(groups.sizes.shape, torch.inf).scatter_reduce(0, groups.index, rewards, "amin")
+    return (high > low)[groups.index]
+
+
+def whiten(values: Tensor, mask: Tensor, moments: Moments, *, subtract_mean: bool = True, epsilon: float) -> Tensor:
+    """Values in units of the batch's standard deviation: (v - mean) / (std + epsilon).
+
+    The moments are of the *global* batch: those of every rank's tokens (or completions), added up. REINFORCE++ takes
+    them over all tokens of the batch, for token-level advantages; REINFORCE++-baseline after the group's mean is
+    subtracted. It is biased in a finite batch, since the statistics contain the
+    completion itself, and the bias is O(1 / batch), while that of a group's own std does not vanish with the batch.
+
+    Source: REINFORCE++, arXiv:2501.03262, eq. 8 and 9.
+
+    Args:
+        values: [T] or [N]. Constant in the gradient.
+        mask: same shape; where it is 0 the result is 0, whatever the value is.
+        moments: of the global batch.
+        subtract_mean: False only scales.
+        epsilon: added to the standard deviation, >= 0.
+
+    Returns:
+        float32, same shape; all 0 where all values are equal and the mean is subtracted.
+    """
+    centred = torch.where(mask != 0, values.detach(), moments.mean).double() - (moments.mean if subtract_mean else 0.0)
+    scaled = torch.where(centred == 0, 0.0, centred / (moments.std + epsilon))
+    return torch.where(mask != 0, scaled, 0.0).float()
+
+
+@dataclass(frozen=True)
+class RunningBaseline:
+    """Mean reward of the steps before: the constant baseline of REINFORCE.
+
+        b <- mean of the first step's rewards,   then   b <- decay b + (1 - decay) mean
+
+    A step's own rewards enter after its advantages are taken: a baseline that contains the completion's own reward
+    would shrink the gradient by that share. The state is two numbers and belongs in the checkpoint.
+
+    Source: Williams 1992, doi:10.1007/BF00992696, section 5 (reinforcement comparison).
+    """
+
+    mean: float = 0.0
+    num_steps: int = 0
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """[N] float32: rewards minus the baseline, which is 0 in the first step."""
+        return (rewards.detach().double() - self.mean).float()
+
+    def after(self, reward_sum: float, reward_count: float, *, decay: float) -> "RunningBaseline":
+        """The baseline of the next step, from the sum and the count of this step's rewards over all ranks."""
+        if reward_count == 0:
+            return self
+        mean = reward_sum / reward_count
+        return RunningBaseline(
+            mean if self.num_steps == 0 else decay * self.mean + (1 - decay) * mean, self.num_steps + 1
+        )

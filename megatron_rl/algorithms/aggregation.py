@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.sequences import sequence_lengths, sequence_of_tokens
+
 
 @dataclass(frozen=True)
 class GlobalCounts:
@@ -28,7 +30,7 @@ def count(loss_mask: Tensor, cu_seqlens: Tensor) -> tuple[float, float]:
         loss_mask: [T], 1 where the token is in the loss, else 0.
         cu_seqlens: [S + 1] int32. Sequence i is [cu_seqlens[i], cu_seqlens[i + 1]); what follows the last is padding.
     """
-    lengths, _ = _masked_lengths(loss_mask, cu_seqlens)
+    lengths = sequence_lengths(loss_mask, cu_seqlens)
     return float(lengths.sum()), float((lengths > 0).sum())
 
 
@@ -57,7 +59,8 @@ def aggregation_weights(
     Raises:
         ValueError: unknown mode, or mode 'token_sum_norm' without a positive token_sum_norm.
     """
-    lengths, sequence = _masked_lengths(loss_mask, cu_seqlens)
+    lengths = sequence_lengths(loss_mask, cu_seqlens)
+    sequence = sequence_of_tokens(cu_seqlens, len(loss_mask))
     divisor: Tensor | float
     if mode == "token_mean":
         divisor = counts.num_tokens
@@ -91,12 +94,3 @@ def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
     """
     weights = weights.detach().to(losses.dtype)
     return (torch.where(weights != 0, losses, 0.0) * weights).sum()
-
-
-def _masked_lengths(loss_mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sequence's sum of the mask, [S] float64, and each token's sequence, [T] int64 with S for padding."""
-    ends = cu_seqlens[1:].to(device=loss_mask.device, dtype=torch.int64)
-    # right=True: a token at an end belongs to the next sequence, and sequences without tokens are passed over.
-    sequence = torch.searchsorted(ends, torch.arange(len(loss_mask), device=loss_mask.device), right=True)
-    sums = loss_mask.new_zeros(len(ends) + 1, dtype=torch.float64).index_add(0, sequence, loss_mask.double())
-    return sums[:-1], sequence

@@ -1,5 +1,13 @@
 """The clipped surrogate of PPO, with separate bounds and the dual clip, and what to watch while it trains.
 
+What the clip does not do. It does not bound the ratio: outside the region the gradient of a token is 0, but its step
+overshoots, other tokens' gradients move it on, and nothing pulls it back (tests/theory). Nor is the gradient 0 outside
+the region on both sides: it is so only where the advantage pushes outwards. Where it is not clipped the gradient is
+r A grad log pi, and where it is clipped 0, never min(r A, clip(r) A) grad log pi, as it is printed at times. It is a
+biased estimate then, and no guarantee of monotonic improvement is left.
+
+"Dual clip" is the third bound below, not the two sides of the ordinary clip.
+
 `ppo_clip_loss` is what is differentiated; `ppo_clip_metrics` describes the same tokens without a gradient. Both work on
 per-token log-ratios; masks and the division belong to `aggregation`.
 """

@@ -1,0 +1,75 @@
+"""Has training settled? And how far did a step move the policy?
+
+A common test of convergence is a small variance of the policy loss over a window. It is here, with a warning: the value
+of a policy-gradient loss is no measure of progress. On-policy the ratio is 1, and the loss is minus the mean
+advantage, which is 0 for any group-relative advantage at every step of the run, good or bad. So the monitor also wants
+the policy to have stopped moving, and what has converged is to be read from the reward.
+"""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.metrics import Metric, masked_max, masked_mean
+
+
+class ConvergenceMonitor:
+    """Variance of the policy loss and mean policy change over the last steps."""
+
+    def __init__(self, *, window: int, loss_variance: float, policy_change: float) -> None:
+        """Args:
+        window: steps that are looked at, >= 2.
+        loss_variance: population variance of the loss below which it counts as stable.
+        policy_change: mean change per step, nats, below which the policy counts as at rest; see
+        `policy_change_metrics`.
+        """
+        if window < 2:
+            raise ValueError(f"window is {window}; must be at least 2 steps")
+        self.limits = (loss_variance, policy_change)
+        self.losses: deque[float] = deque(maxlen=window)
+        self.changes: deque[float] = deque(maxlen=window)
+
+    def add(self, policy_loss: float, policy_change: float) -> dict[str, float]:
+        """Take in one step.
+
+        Returns:
+            convergence/loss_variance, convergence/policy_change: over the window so far; and convergence/converged: 1
+            when the window is full and both are below their limits.
+        """
+        self.losses.append(policy_loss)
+        self.changes.append(policy_change)
+        mean = sum(self.losses) / len(self.losses)
+        variance = sum((loss - mean) ** 2 for loss in self.losses) / len(self.losses)
+        change = sum(self.changes) / len(self.changes)
+        full = len(self.losses) == self.losses.maxlen
+        return {
+            "convergence/loss_variance": variance,
+            "convergence/policy_change": change,
+            "convergence/converged": float(full and variance < self.limits[0] and change < self.limits[1]),
+        }
+
+    def state(self) -> dict[str, list[float]]:
+        """For the checkpoint."""
+        return {"losses": list(self.losses), "changes": list(self.changes)}
+
+    def load(self, state: dict[str, list[float]]) -> None:
+        """Go on from a checkpoint's state; of a longer window its last steps are kept."""
+        for kept, saved in ((self.losses, state["losses"]), (self.changes, state["changes"])):
+            kept.clear()
+            kept.extend(saved)
+
+
+@torch.no_grad()
+def policy_change_metrics(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> dict[str, Metric]:
+    """How far the policy of a step is from the one before it, on sampled tokens.
+
+    Args:
+        log_probs, old_log_probs: [T] float32, nats.
+        mask: [T], 1 for the tokens that count; masked tokens may hold anything.
+
+    Returns:
+        policy/change_mean, policy/change_max: of |log_probs - old_log_probs|, nats.
+    """
+    change = (log_probs.double() - old_log_probs.double()).abs()
+    return {"policy/change_mean": masked_mean(change, mask), "policy/change_max": masked_max(change, mask)}
