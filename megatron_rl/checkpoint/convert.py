@@ -75,7 +75,7 @@ def hf_to_megatron(*, hf_path: Path, output: Path) -> None:
     _refuse_occupied(output)
     hf = _read_config(hf_path)
     check_weights(hf_path, "--hf-path")
-    with _world_of_one(), torch.no_grad():
+    with world_of_one(), torch.no_grad():
         model = _WholeModel(hf)
         reader = HFCheckpointReader(hf_path)
         reader.check(model.maps)
@@ -109,7 +109,7 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path) -> None:
     hf = _read_config(hf_path)
     folder = _iteration(checkpoint)
     shapes = check_files(folder)
-    with _world_of_one() as groups, torch.no_grad():
+    with world_of_one() as groups, torch.no_grad():
         model = _WholeModel(hf)
         template = model.sharded_tensors()
         _check_model(folder, shapes, template, hf)
@@ -122,7 +122,7 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path) -> None:
 
 
 @contextmanager
-def _world_of_one() -> Iterator[Groups]:
+def world_of_one() -> Iterator[Groups]:
     """torch.distributed and Megatron's groups, with this process as the only rank."""
     assert not dist.is_initialized(), "a conversion makes a world of its own"
     dist.init_process_group(distributed_backend(), store=dist.HashStore(), rank=0, world_size=1)

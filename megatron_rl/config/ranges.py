@@ -13,6 +13,8 @@ from megatron_rl.config.schema import Config
 RANGES = {
     "seed": "[0, 2147483647]",
     "model.recompute_num_layers": "[1, inf)",
+    "model.num_layers_at_start_in_bf16": "[0, inf)",
+    "model.num_layers_at_end_in_bf16": "[0, inf)",
     "parallel.tensor_model_parallel_size": "[1, inf)",
     "parallel.pipeline_model_parallel_size": "[1, inf)",
     "parallel.virtual_pipeline_model_parallel_size": "[2, inf)",
@@ -41,6 +43,7 @@ RANGES = {
     "rollout.max_model_len": "[2, inf)",
     "rollout.max_num_seqs": "[1, inf)",
     "rollout.kv_cache_gigabytes": "(0, inf)",
+    "rollout.max_mismatch": "(0, inf)",
     "rollout.gpu_memory_utilization": "(0, 1]",
     "sync.bucket_megabytes": "(0, inf)",
     "sync.verify_tolerance": "(0, inf)",

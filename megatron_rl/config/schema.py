@@ -66,6 +66,31 @@ class LayerSpec(Enum):
     transformer_engine = "transformer_engine"
 
 
+class Fp8Format(Enum):
+    """Number formats of FP8 training: E4M3 everywhere, or E4M3 forward and E5M2, of wider range, for gradients."""
+
+    e4m3 = "e4m3"
+    hybrid = "hybrid"
+
+
+class Fp8Recipe(Enum):
+    """How FP8 training scales its tensors; see Transformer Engine's recipes."""
+
+    delayed = "delayed"
+    tensorwise = "tensorwise"
+    blockwise = "blockwise"
+    mxfp8 = "mxfp8"
+
+
+class QuantizedFormat(Enum):
+    """Formats of quantised weights; see `weights/quantization.py`."""
+
+    fp8 = "fp8"
+    int8 = "int8"
+    int4 = "int4"
+    nvfp4 = "nvfp4"
+
+
 class NonFinite(Enum):
     """What to do when the loss or the gradient norm is not finite."""
 
@@ -91,6 +116,21 @@ class ModelConfig:
     """With 'full': 'uniform' or 'block'."""
     recompute_num_layers: int | None = None
     """With 'full': layers per recomputed unit ('uniform'), or recomputed layers per stage ('block')."""
+    fp8: Fp8Format | None = None
+    """Train in FP8 with Transformer Engine's layers on a GPU: e4m3 or hybrid. null: in params_dtype."""
+    fp8_recipe: Fp8Recipe | None = None
+    """With fp8: delayed, tensorwise, blockwise (Hopper) or mxfp8 (Blackwell). null: tensorwise."""
+    fp8_param: bool = False
+    """With fp8: keep the weights in FP8 too, and gather them so; the optimizer's own copy is float32 as ever."""
+    first_last_layers_bf16: bool = False
+    """With fp8: the first and the last layers compute in bfloat16."""
+    num_layers_at_start_in_bf16: int = 1
+    """How many first layers first_last_layers_bf16 means."""
+    num_layers_at_end_in_bf16: int = 1
+    """How many last layers first_last_layers_bf16 means."""
+    quantization: QuantizedFormat | None = None
+    """fp8 or int8: fake-quantise the layers in training and in log-probs, so that the policy computes as engines with
+    the same rollout.quantization do (quantisation-aware training). Runs on any device."""
     transformer_config: dict[str, Any] = field(default_factory=dict)
     """Any further field of Megatron's TransformerConfig, by its own name. Overrides what the checkpoint says."""
 
@@ -219,6 +259,11 @@ class RolloutConfig:
     """Part of a GPU's memory for the engine."""
     enforce_eager: bool = True
     """False lets vLLM compile and capture graphs: slower start, faster decoding."""
+    quantization: QuantizedFormat | None = None
+    """fp8 or int8: engines hold quantised weights and quantise their activations. Each sync rounds the policy's weights
+    once. mismatch/* tells what it costs; with the same model.quantization, nothing."""
+    max_mismatch: float | None = None
+    """Stop the run when a step's mismatch/log_prob_abs_diff_mean, nats, is above this. null: never."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine, by its own names."""
 

@@ -22,6 +22,7 @@ from megatron_rl.config.hf_checkpoint import (
     read_model_shape,
 )
 from megatron_rl.config.load import shown
+from megatron_rl.config.numerics import check_fp8_shapes, check_numerics
 from megatron_rl.config.pipeline import layers_of_stages
 from megatron_rl.config.ranges import check_ranges
 from megatron_rl.config.schema import Aggregation, Config, LRDecayStyle, ParallelConfig, Recipe
@@ -32,6 +33,12 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Fields of TransformerConfig and of vLLM's engine that a key of ours decides: set twice, they could disagree.
 _OWN_KEY_OF_TRANSFORMER_FIELD = {
     "params_dtype": "model.params_dtype",
+    "fp8": "model.fp8",
+    "fp8_recipe": "model.fp8_recipe",
+    "fp8_param": "model.fp8_param",
+    "first_last_layers_bf16": "model.first_last_layers_bf16",
+    "num_layers_at_start_in_bf16": "model.num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16": "model.num_layers_at_end_in_bf16",
     "recompute_granularity": "model.recompute_granularity",
     "recompute_method": "model.recompute_method",
     "recompute_num_layers": "model.recompute_num_layers",
@@ -51,6 +58,7 @@ _OWN_KEY_OF_ENGINE_ARGUMENT = {
     "model": "model.hf_path",
     "dtype": "model.params_dtype",
     "seed": "seed",
+    "quantization": "rollout.quantization",
     "tensor_parallel_size": "rollout.tensor_model_parallel_size",
     "max_model_len": "rollout.max_model_len",
     "max_num_seqs": "rollout.max_num_seqs",
@@ -128,6 +136,7 @@ def check_values(config: Config, *, world_size: int | None, generates: bool) -> 
             _refuse(key, name, "letters, digits, '.', '_' and '-', the first a letter or digit")
     if config.optimizer.lr_decay_style is LRDecayStyle.exponential and not config.optimizer.min_lr:
         _refuse("optimizer.min_lr", config.optimizer.min_lr, "above 0 with lr_decay_style exponential")
+    check_numerics(config)
     _check_recompute(config)
     _check_free_form(config)
     _check_data(config)
@@ -154,6 +163,7 @@ def check_model(
     _check_experts(config.parallel, shape)
     stages = layers_of_stages(config.parallel, shape.num_hidden_layers)
     stage_layers = min(min(chunks) for chunks in stages)
+    check_fp8_shapes(config, shape)
     if (config.model.recompute_num_layers or 0) > stage_layers:
         _refuse(
             "model.recompute_num_layers", config.model.recompute_num_layers, f"[1, {stage_layers}], a stage's layers"

@@ -9,9 +9,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import read_json_object
 from megatron_rl.config.schema import Dtype, LayerSpec, ModelConfig, ParallelConfig
 from megatron_rl.device import HAS_CUDA
+from megatron_rl.engine.quantized_layers import fake_quantize
 from megatron_rl.models.build import build_gpt_model, transformer_config
 from megatron_rl.models.capabilities import HAS_TRANSFORMER_ENGINE
 from megatron_rl.models.families import family_of
@@ -20,6 +22,7 @@ from megatron_rl.parallel.vocab_parallel import vocab_parallel_log_probs
 from megatron_rl.weights.gather import HFTensorIterator
 from megatron_rl.weights.hf_files import HFCheckpointReader
 from megatron_rl.weights.local_shards import check_table, local_parameters
+from megatron_rl.weights.quantization import refusal
 
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
@@ -107,6 +110,11 @@ class Policy:
             )
             for chunk in range(num_chunks)
         ]
+        if model.quantization is not None:
+            if reason := refusal(model.quantization, self.maps):
+                raise UserError(f"model.quantization: given {model.quantization.value}; {reason}")
+            for gpt in self.models:
+                fake_quantize(gpt, model.quantization)
         self._install_head()
         self.parameters = local_parameters(self.models)
         check_table(self.parameters, self.maps, groups.tp.rank(), groups.tp.size())

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.config.schema import QuantizedFormat
 from megatron_rl.data.samples import Completion, Prompt
 from megatron_rl.rollout.isolation import guest, random_states_kept
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
@@ -43,6 +44,7 @@ class RolloutEngine:
         gpu_memory_utilization: float = 0.5,
         enforce_eager: bool = True,
         seed: int = 0,
+        quantization: QuantizedFormat | None = None,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
         """Start the engine with the weights of `model_path`, as version 0. Collective over torch.distributed's world.
@@ -57,6 +59,8 @@ class RolloutEngine:
             gpu_memory_utilization: part of a GPU's memory for the engine, weights included.
             enforce_eager: False lets vLLM compile and capture graphs.
             seed: of vLLM itself; samples have their own.
+            quantization: the engine's layers are quantised, and it has no weights until `load_weights` brings those of
+                `weights.quantization`. None: as the checkpoint is.
             engine_args: further arguments of vLLM's EngineArgs.
 
         Raises:
@@ -88,6 +92,7 @@ class RolloutEngine:
                 gpu_memory_utilization=gpu_memory_utilization,
                 enforce_eager=enforce_eager,
                 seed=seed,
+                quantization=quantization,
                 engine_args=engine_args or {},
             )
         RolloutEngine._alive = True

@@ -12,7 +12,9 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.executor import Executor
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
+from megatron_rl.config.schema import QuantizedFormat
 from megatron_rl.rollout.sampling import RolloutError, Sampling
+from megatron_rl.weights.quantization import quantization_config
 
 ON_CPU: bool = current_platform.is_cpu()
 
@@ -49,6 +51,7 @@ def start_engine(
     gpu_memory_utilization: float,
     enforce_eager: bool,
     seed: int,
+    quantization: QuantizedFormat | None,
     engine_args: dict[str, Any],
 ) -> LLMEngine:
     """vLLM's engine in this process; parameters as of `RolloutEngine`. Collective over torch.distributed's world.
@@ -76,6 +79,13 @@ def start_engine(
         "max_num_batched_tokens": max(max_model_len, _PREFILL_TOKENS),
         "use_tqdm_on_load": False,
     }
+    if quantization is not None:
+        # There are no quantised weights yet: the engine starts with placeholders, which the first sync replaces.
+        decided |= {
+            "hf_overrides": {"quantization_config": quantization_config(quantization)},
+            "load_format": "dummy",
+            "quantization": None,
+        }
     if ON_CPU:
         defaults |= {"kv_cache_memory_bytes": int(kv_cache_gigabytes * 1e9), "block_size": _CPU_KV_BLOCK_TOKENS}
     else:

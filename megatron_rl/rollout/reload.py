@@ -14,12 +14,13 @@ prove by comparing log-probs: packed weights have no bytes to take a checksum of
 Importing this module imports vLLM; see `isolation`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -28,6 +29,8 @@ from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
 _LOADED_BY_COPY = ("GptOssRoutedExperts", "OAIAttention")
+_DERIVED = (".azp_adj",)
+"""Parameters of quantised layers that vLLM computes from the others after loading; no checkpoint has them."""
 
 
 def reload_weights(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -43,7 +46,7 @@ def reload_weights(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> 
         RuntimeError: a tensor came twice or not at all. The model is then unusable.
     """
     model = worker.model_runner.model
-    expected = {name for name, _ in model.named_parameters()}
+    expected = {name for name, _ in model.named_parameters() if not name.endswith(_DERIVED)}
     tensors = each_once(named_tensors)
     with set_current_vllm_config(worker.vllm_config), torch.no_grad():
         if current_platform.is_cpu():
@@ -51,6 +54,7 @@ def reload_weights(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> 
         initialize_layerwise_reload(model)
         if current_platform.is_cpu():
             _materialize_layers_loaded_by_copy(model)
+            _keep_scales_of_int8_kernels(model)
         loaded = model.load_weights(tensors)
         if unread := next(tensors, None):
             raise RuntimeError(f"the engine's model did not read all weights: it stopped before {unread[0]}")
@@ -94,6 +98,22 @@ def _materialize_layers_loaded_by_copy(model: nn.Module) -> None:
             info = get_layerwise_info(layer)
             materialize_layer(layer, info)
             info.load_numel = 1  # counts as loaded, so that finalize does not put the old tensors back
+
+
+def _keep_scales_of_int8_kernels(model: nn.Module) -> None:
+    """oneDNN's int8 product points at the scales that it was made with, and a reload frees those: it would read nan."""
+
+    def keeping(process: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+        def process_and_keep(layer: nn.Module) -> None:
+            process(layer)
+            layer.scales_of_kernel = layer.weight_scale.data
+
+        return process_and_keep
+
+    for layer in model.modules():
+        kernel: Any = getattr(getattr(layer, "scheme", None), "kernel", None)
+        if isinstance(kernel, CPUInt8ScaledMMLinearKernel) and not hasattr(layer, "scales_of_kernel"):
+            kernel.process_weights_after_loading = keeping(kernel.process_weights_after_loading)  # type: ignore[method-assign]
 
 
 def _repack_output_weight(model: nn.Module) -> None:

@@ -28,6 +28,12 @@ from megatron_rl.trainer.sync import WeightSync
 from megatron_rl.trainer.tokenizer import load_tokenizer
 from megatron_rl.trainer.training import Training
 
+_MISMATCH = "mismatch/log_prob_abs_diff_mean"
+
+
+class MismatchError(RuntimeError):
+    """Rollout and training log-probs differ by more than the run allows."""
+
 
 class Reinforcement:
     """A reinforcement-learning run in progress on this rank. The loop calls its methods in order."""
@@ -159,7 +165,9 @@ class Reinforcement:
                 objective = PolicyGradientObjective(self.config.algorithm, batch.counts, norm, on_policy=self.on_policy)
                 update = self.training.update(batch, objective, temperature=self.sampling.temperature)
                 metrics = combine(metrics, update)
-        return self.training.reduce(metrics)
+        row = self.training.reduce(metrics)
+        check_mismatch(row, self.config.rollout.max_mismatch)
+        return row
 
     def report(self, samples: Sequence[Sample], advantages: Tensor) -> dict[str, float]:
         """Metrics of the step's samples; a few of them are written to the run's folder."""
@@ -198,6 +206,15 @@ class Reinforcement:
         with self.training.timer.phase("evaluate"):
             metrics, _ = evaluation.evaluate(self.config, self.worker, self.held_out, self.training.progress)
         return metrics
+
+
+def check_mismatch(row: dict[str, float], limit: float | None) -> None:
+    """Raise MismatchError if engines and policy disagreed by more than `rollout.max_mismatch`, or by nan."""
+    if limit is not None and not row[_MISMATCH] <= limit:
+        raise MismatchError(
+            f"{_MISMATCH} is {row[_MISMATCH]:.3g} nats, rollout.max_mismatch is {limit:g}: "
+            "the engines' log-probs are too far from the policy's to train on"
+        )
 
 
 def _reward_terms(samples: Sequence[Sample]) -> dict[str, float]:

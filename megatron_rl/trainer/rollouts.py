@@ -42,6 +42,7 @@ def build_engine(config: RolloutConfig, *, model_path: str, dtype: str, max_mode
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager,
         seed=seed,
+        quantization=config.quantization,
         engine_args=config.engine_args,
     )
 

@@ -12,6 +12,7 @@ from megatron_rl.data.samples import Prompt, TrainingSequence
 from megatron_rl.engine.step import forward_log_probs
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.trainer.training import Training
+from megatron_rl.weights.quantization import quantized_tensors
 
 NUM_PROBES = 4
 
@@ -47,7 +48,11 @@ class WeightSync:
                 yield name, tensor
 
         bucket_bytes = int(self.config.bucket_megabytes * 2**20)
-        self.engine.load_weights(counted(self.training.policy.hf_tensors(bucket_bytes=bucket_bytes)), version=version)
+        policy, format = self.training.policy, self.training.config.rollout.quantization
+        tensors = policy.hf_tensors(bucket_bytes=bucket_bytes)
+        if format is not None:
+            tensors = quantized_tensors(format, tensors, policy.maps)
+        self.engine.load_weights(counted(tensors), version=version)
         seconds = time.perf_counter() - start
         if self.config.verify:
             self._verify(version)

@@ -14,6 +14,7 @@ from megatron_rl.algorithms.metrics import Metric
 from megatron_rl.checkpoint import training_state
 from megatron_rl.checkpoint.hf_export import export_hf
 from megatron_rl.config.load import save_config
+from megatron_rl.config.numerics import row_multiple
 from megatron_rl.config.schema import Config, NonFinite
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.optimizer import Optimizer
@@ -112,9 +113,8 @@ class Training:
 
     @property
     def pad_to_multiple(self) -> int:
-        """Rows are this long or a multiple of it: sequence parallelism splits them evenly."""
-        parallel = self.config.parallel
-        return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        """Rows are this long or a multiple of it."""
+        return row_multiple(self.config.model, self.config.parallel)
 
     def minibatch(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> MiniBatch:
         """Lay out one optimizer step."""

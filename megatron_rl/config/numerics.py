@@ -1,0 +1,123 @@
+"""What the numerics of a run may be: FP8 training, quantised rollouts, and what they ask of shapes and layout.
+
+Pure, and without a GPU: what a machine lacks is said by `models/choices.py`.
+"""
+
+from enum import Enum
+
+from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.hf_checkpoint import ModelShape
+from megatron_rl.config.load import shown
+from megatron_rl.config.schema import (
+    Config,
+    Dtype,
+    Fp8Recipe,
+    LayerSpec,
+    ModelConfig,
+    ParallelConfig,
+    QuantizedFormat,
+    Recipe,
+)
+
+_TRAINABLE = (QuantizedFormat.fp8, QuantizedFormat.int8)
+
+
+def fp8_recipe(model: ModelConfig) -> Fp8Recipe | None:
+    """The recipe of FP8 training; None without FP8."""
+    return None if model.fp8 is None else model.fp8_recipe or Fp8Recipe.tensorwise
+
+
+def row_multiple(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Tokens that a packed row must be a multiple of.
+
+        sequence parallelism    each of its ranks gets as many tokens
+        FP8                     each of these parts is a multiple of 16, of 32 with mxfp8: the product that makes a
+                                weight's gradient runs along the tokens, and FP8 products want their inner side so long
+
+    Source of the FP8 sizes: Transformer Engine's products (16), blocks of mxfp8 that share a scale (32).
+    """
+    parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return parts * fp8_multiple(model)
+
+
+def fp8_multiple(model: ModelConfig) -> int:
+    """What the sizes of an FP8 product must be multiples of; 1 without FP8."""
+    recipe = fp8_recipe(model)
+    return 1 if recipe is None else 32 if recipe is Fp8Recipe.mxfp8 else 16
+
+
+def check_numerics(config: Config) -> None:
+    """Raise ConfigError for the first combination that has no meaning or does not work."""
+    _check_fp8(config)
+    _check_quantization(config)
+
+
+def check_fp8_shapes(config: Config, shape: ModelShape) -> None:
+    """Raise ConfigError if a rank's part of a weight has a side that FP8 products do not take."""
+    if config.model.fp8 is None:
+        return
+    multiple, tp = fp8_multiple(config.model), config.parallel.tensor_model_parallel_size
+    sides = {
+        "hidden_size": shape.hidden_size,
+        "intermediate_size / tensor_model_parallel_size": shape.intermediate_size // tp,
+    }
+    for name, size in sides.items():
+        if size % multiple:
+            _refuse("model.fp8", config.model.fp8, f"null: {name} is {size}, and FP8 needs a multiple of {multiple}")
+    kept = config.model.num_layers_at_start_in_bf16 + config.model.num_layers_at_end_in_bf16
+    if config.model.first_last_layers_bf16 and kept >= shape.num_hidden_layers:
+        given = f"{kept} layers in bfloat16"
+        _refuse("model.first_last_layers_bf16", given, f"fewer than the model's {shape.num_hidden_layers} layers")
+
+
+def _check_fp8(config: Config) -> None:
+    model = config.model
+    if model.fp8 is None:
+        for name, default in (("fp8_recipe", None), ("fp8_param", False), ("first_last_layers_bf16", False)):
+            if getattr(model, name) != default:
+                _refuse(f"model.{name}", getattr(model, name), f"{shown(default)} without model.fp8")
+        return
+    if model.params_dtype is not Dtype.bfloat16:
+        _refuse("model.params_dtype", model.params_dtype, "bfloat16 with model.fp8: what is not FP8 is bfloat16")
+    if model.layer_spec is LayerSpec.portable:
+        _refuse("model.layer_spec", model.layer_spec, "transformer_engine with model.fp8: its layers alone have FP8")
+    recipe = fp8_recipe(model)
+    if recipe is Fp8Recipe.delayed and model.first_last_layers_bf16:
+        allowed = (
+            "tensorwise, blockwise, mxfp8 with first_last_layers_bf16: delayed scaling is one context for all layers"
+        )
+        _refuse("model.fp8_recipe", recipe, allowed)
+    if model.fp8_param and not config.optimizer.use_distributed_optimizer:
+        _refuse(
+            "model.fp8_param", True, "false without optimizer.use_distributed_optimizer, which holds the float32 copy"
+        )
+    if model.quantization is not None:
+        _refuse("model.quantization", model.quantization, "null with model.fp8: layers are quantised by one of the two")
+    if config.algorithm.kl.coefficient and model.fp8_param:
+        _refuse("model.fp8_param", True, "false with algorithm.kl.coefficient: the reference is swapped in as bfloat16")
+
+
+def _check_quantization(config: Config) -> None:
+    model, rollout = config.model, config.rollout
+    for key, format in (("model.quantization", model.quantization), ("rollout.quantization", rollout.quantization)):
+        if format is not None and format not in _TRAINABLE:
+            _refuse(key, format, "fp8, int8; `megatron-rl quantize` makes checkpoints of the others")
+    if model.quantization is None:
+        if rollout.quantization is not None and config.sync.verify:
+            allowed = "false with rollout.quantization unless model.quantization is the same: log-probs differ"
+            _refuse("sync.verify", True, allowed)
+        return
+    if config.recipe is Recipe.rl and rollout.quantization is not model.quantization:
+        _refuse("rollout.quantization", rollout.quantization, f"{model.quantization.value}, as model.quantization")
+    # A row-parallel layer's scales go over all its inputs, of which a rank has a part.
+    for key, size in (
+        ("parallel.tensor_model_parallel_size", config.parallel.tensor_model_parallel_size),
+        ("rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size),
+    ):
+        if size > 1:
+            _refuse(key, size, "1 with model.quantization: scales go over whole rows, of which a rank would see a part")
+
+
+def _refuse(key: str, given: object, allowed: str) -> None:
+    value = given.value if isinstance(given, Enum) else shown(given)
+    raise ConfigError(f"{key}: given {value}, allowed: {allowed}")

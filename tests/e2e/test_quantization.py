@@ -1,0 +1,146 @@
+"""Quantised policies: the fake-quantised policy against the engine that holds its weights, and checkpoints of a run.
+
+Everything runs in processes of its own: a fake-quantised model and an engine share one with torch.distributed.
+
+Tolerances. The policy and the engine do the same arithmetic but sum in another order, which moves log-probs by about
+1e-6. Where that moves an activation across the middle of two grid points, it is rounded the other way, a whole step:
+such a token's log-prob, and those after it, then differ by up to some hundredths of a nat. So means are compared, and
+with what quantisation itself does to them.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.config.schema import Dtype, ModelConfig, ParallelConfig, QuantizedFormat
+from tests.checkpoints import make_checkpoint
+from tests.distributed.spawn import run_ranks
+
+SEQUENCES = [np.random.default_rng(n).integers(3, 259, size=n).tolist() for n in (2, 9, 30, 20)]
+SIZES = {"hidden_size": 128, "intermediate_size": 256}
+
+
+def policy_and_engine(rank: int, folders: list[Path], format: QuantizedFormat) -> dict[str, Any]:
+    """Log-probs of `SEQUENCES`: of both policies, fake-quantised and not, and of an engine sent one, then the other."""
+    import megatron_rl.device  # noqa: F401
+    from megatron_rl.data.packing import pack, unpack
+    from megatron_rl.data.samples import TrainingSequence
+    from megatron_rl.engine.initialize import initialize
+    from megatron_rl.engine.policy import Policy
+    from megatron_rl.engine.step import forward_backward, forward_log_probs
+    from megatron_rl.rollout.engine import RolloutEngine
+    from megatron_rl.weights.quantization import quantized_tensors
+
+    groups = initialize(ParallelConfig(), seed=0)
+    sequences = [TrainingSequence(np.array(s), np.ones(len(s) - 1, dtype=np.float32)) for s in SEQUENCES]
+    row = pack(sequences, range(len(sequences)), pad_to_multiple=1)
+
+    def build(folder: Path, quantization: QuantizedFormat | None) -> Policy:
+        settings = ModelConfig(hf_path=str(folder), params_dtype=Dtype.float32, quantization=quantization)
+        return Policy(settings, groups, ParallelConfig())
+
+    def log_probs(policy: Policy) -> Tensor:
+        return torch.cat(unpack(forward_log_probs(policy, [row])[0][0], row))
+
+    plain = [log_probs(build(folder, None)) for folder in folders]
+    assert "vllm" not in sys.modules, "ModelOpt imports vLLM, which belongs into the engine's guest room"
+    policies = [build(folder, format) for folder in folders]
+    engine = RolloutEngine(
+        model_path=folders[0], dtype="float32", max_model_len=64, kv_cache_gigabytes=0.02, quantization=format
+    )
+    of_engine = []
+    for version, policy in enumerate([*policies, policies[0]]):
+        tensors = quantized_tensors(format, policy.hf_tensors(bucket_bytes=1 << 20), policy.maps)
+        engine.load_weights(tensors, version=version)
+        of_engine.append(torch.cat([torch.tensor(values) for values in engine.log_probs(SEQUENCES)]))
+    forward_backward(policies[0], [row], lambda log_probs, entropy, row: (-log_probs.sum(), {}))
+    weight = policies[0].parameters["decoder.layers.0.mlp.linear_fc2.weight"]
+    gradient = float(weight.main_grad.abs().sum())
+    return {"plain": plain, "fake": [log_probs(p) for p in policies], "engine": of_engine, "gradient": gradient}
+
+
+@pytest.mark.parametrize("format", [QuantizedFormat.fp8, QuantizedFormat.int8], ids=lambda format: format.value)
+def test_the_fake_quantised_policy_computes_as_the_quantised_engine(format: QuantizedFormat, tmp_path: Path) -> None:
+    folders = [make_checkpoint(tmp_path / str(seed), "qwen3_untied", seed, **SIZES) for seed in (1, 2)]
+    (found,) = run_ranks(policy_and_engine, 1, folders, format, timeout_s=240.0)
+    first, second, first_again = found["engine"]
+    assert torch.equal(first, first_again), "a sync leaves nothing behind of what was sent before"
+    for engine, fake, plain in zip((first, second), found["fake"], found["plain"], strict=True):
+        cost = float((fake - plain).abs().mean())
+        assert cost > 0.01, "quantisation shows in log-probs of random weights"
+        assert float((engine - fake).abs().mean()) < 0.2 * cost
+        assert float((engine - plain).abs().mean()) > 0.5 * cost
+    assert found["gradient"] > 0.0, "gradients pass through the rounding"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration, its prompts, and the checkpoint that its run would have exported."""
+    folder = tmp_path_factory.mktemp("run")
+    # bfloat16, as checkpoints are: the dtype in which transformers dequantises nvfp4.
+    make_checkpoint(folder / "runs/run/hf", "qwen3_untied", 5, **SIZES)
+    prompts = ["".join(chr(97 + (i * j) % 26) for j in range(24)) for i in range(1, 17)]
+    (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    config = {
+        "name": "run",
+        "output_dir": str(folder / "runs"),
+        "model": {"hf_path": str(folder / "runs/run/hf")},
+        "data": {"train": str(folder / "train.jsonl"), "max_prompt_tokens": 64},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def quantize(folder: Path, *commands: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Command lines one after another in one process, which ends at the first that fails."""
+    script = (
+        "import json, sys; from megatron_rl.cli.main import main; sys.exit(max(map(main, json.loads(sys.argv[1]))))"
+    )
+    lines = [["quantize", str(folder / "run.yaml"), *command] for command in commands]
+    command = [sys.executable, "-c", script, json.dumps(lines)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def moved(run_folder: Path) -> dict[QuantizedFormat, dict[str, float]]:
+    """What each format's command printed."""
+    commands = [["--format", f.value, "--output", str(run_folder / f.value)] for f in LARGEST]
+    ended = quantize(run_folder, *commands)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    printed = json.loads("[" + ended.stdout.replace("}\n{", "},{") + "]")
+    return dict(zip(LARGEST, printed, strict=True))
+
+
+LARGEST = {QuantizedFormat.fp8: 0.3, QuantizedFormat.int8: 0.1, QuantizedFormat.int4: 1.0, QuantizedFormat.nvfp4: 1.0}
+"""Mean log-prob difference, nats, that a format may cost with random weights. Errors of single weights (see
+test_quantization.py among the unit tests) of 4 %, 0.4 %, 7 % and 17 % of the largest weight go through two layers."""
+
+
+@pytest.mark.parametrize("format", LARGEST, ids=lambda format: format.value)
+def test_a_quantised_checkpoint_loads_in_transformers(
+    format: QuantizedFormat, run_folder: Path, moved: dict[QuantizedFormat, dict[str, float]]
+) -> None:
+    """Its log-probs are off the unquantised checkpoint's by as much as the command said of the policy's."""
+    assert 0.005 < moved[format]["log_prob_abs_diff_mean"] < LARGEST[format]
+    dtype = torch.bfloat16 if format is QuantizedFormat.nvfp4 else torch.float32
+    ids = torch.tensor([SEQUENCES[2]])
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(run_folder / "runs/run/hf", dtype=dtype)(ids).logits
+        quantised = AutoModelForCausalLM.from_pretrained(run_folder / format.value, dtype=dtype)(ids).logits
+    difference = float((quantised.log_softmax(-1) - plain.log_softmax(-1)).gather(2, ids[..., None]).abs().mean())
+    assert 0.005 < difference < LARGEST[format]
+
+
+def test_a_checkpoint_that_is_not_there_is_a_users_mistake(run_folder: Path) -> None:
+    ended = quantize(run_folder, ["--format", "fp8", "--output", "unused", "--hf-path", "nowhere"])
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("megatron-rl: error: --hf-path: given 'nowhere'")
