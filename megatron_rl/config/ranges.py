@@ -52,6 +52,24 @@ RANGES = {
     "algorithm.policy_loss.clip_high": "[0, inf)",
     "algorithm.policy_loss.dual_clip": "(1, inf)",
     "algorithm.kl.coefficient": "[0, inf)",
+    "algorithm.advantage.gamma": "[0, 1]",
+    "algorithm.advantage.lam": "[0, 1]",
+    "algorithm.advantage.baseline_decay": "[0, 1]",
+    "algorithm.correction.low": "[0, inf)",
+    "algorithm.correction.high": "(0, inf)",
+    "algorithm.kl.target": "(0, inf)",
+    "algorithm.kl.horizon": "[1, inf)",
+    "algorithm.kl.refresh_interval": "[1, inf)",
+    "algorithm.kl.moving_average_decay": "[0, 1]",
+    "algorithm.critic.warmup_steps": "[0, inf)",
+    "algorithm.critic.clip": "(0, inf)",
+    "algorithm.dynamic_sampling.max_rounds": "[1, inf)",
+    "algorithm.preference.beta": "(0, inf)",
+    "algorithm.preference.label_smoothing": "[0, 0.5)",
+    "algorithm.preference.sft_coefficient": "[0, inf)",
+    "rewards.model.weight": "(-inf, inf)",
+    "rewards.overlong.buffer_tokens": "[1, inf)",
+    "rewards.overlong.penalty": "[0, inf)",
     "algorithm.entropy_coefficient": "[0, inf)",
     "algorithm.token_sum_norm": "(0, inf)",
     "train.num_steps": "[1, inf)",
@@ -66,6 +84,15 @@ RANGES = {
     "evaluation.top_p": "(0, 1]",
     "evaluation.max_prompts": "[1, inf)",
     "logging.num_logged_rollouts": "[0, inf)",
+    "logging.convergence.window": "[2, inf)",
+    "logging.convergence.loss_variance": "[0, inf)",
+    "logging.convergence.policy_change": "[0, inf)",
+}
+
+RANGES |= {
+    key.replace("optimizer.", "algorithm.critic.optimizer."): interval
+    for key, interval in RANGES.items()
+    if key.startswith("optimizer.")
 }
 
 

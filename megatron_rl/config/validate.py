@@ -27,6 +27,7 @@ from megatron_rl.config.pipeline import layers_of_stages
 from megatron_rl.config.ranges import check_ranges
 from megatron_rl.config.schema import Aggregation, Config, LRDecayStyle, ParallelConfig, Recipe
 
+_OF_GROUPS = ("group_relative", "leave_one_out")
 _DATA_FORMATS = ("jsonl", "parquet", "gsm8k")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -272,7 +273,7 @@ def _check_batches(config: Config, world_size: int | None) -> None:
             _refuse(
                 "rollout.num_prompts_per_step", rollout.num_prompts_per_step, f"at least {num_engines}, one per engine"
             )
-        if rollout.num_samples_per_prompt < 2:
+        if rollout.num_samples_per_prompt < 2 and config.algorithm.advantage.estimator in _OF_GROUPS:
             _refuse("rollout.num_samples_per_prompt", 1, "[2, inf): alone in its group, a sample has advantage 0")
         num_samples = rollout.num_prompts_per_step * rollout.num_samples_per_prompt
         batch_size = train.global_batch_size or num_samples

@@ -86,8 +86,8 @@ def load_sft(
 def training_sequence(sample: Sample) -> TrainingSequence:
     """Prompt + completion as sampled, with loss on every completion token, the end-of-sequence token included.
 
-    `per_token` holds the engine's `rollout_log_probs`, [L] float32, 0 on the prompt. Advantages come later: they need
-    the other samples of the group.
+    `per_token` holds the engine's `rollout_log_probs`, [L] float32, 0 on the prompt, and the sample's `token_rewards`
+    if it has any. Advantages come later: they need the other samples of the group.
     """
     prompt_ids, completion = sample.prompt.token_ids, sample.completion
     assert prompt_ids, f"{sample.prompt.source}: a prompt without tokens predicts nothing"
@@ -97,7 +97,11 @@ def training_sequence(sample: Sample) -> TrainingSequence:
     rollout_log_probs = np.zeros_like(loss_mask)
     rollout_log_probs[len(prompt_ids) - 1 :] = completion.log_probs
     token_ids = np.array(prompt_ids + completion.token_ids, dtype=np.int64)
-    return TrainingSequence(token_ids, loss_mask, {"rollout_log_probs": rollout_log_probs})
+    per_token = {"rollout_log_probs": rollout_log_probs}
+    if sample.token_rewards is not None:
+        per_token["token_rewards"] = np.zeros_like(loss_mask)
+        per_token["token_rewards"][len(prompt_ids) - 1 :] = sample.token_rewards
+    return TrainingSequence(token_ids, loss_mask, per_token)
 
 
 def _response_mask(num_prompt_tokens: int, num_response_tokens: int) -> "np.ndarray[Any, np.dtype[np.float32]]":

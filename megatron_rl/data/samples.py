@@ -53,9 +53,16 @@ class Sample:
     prompt: Prompt
     completion: Completion
     reward: float
-    """Weighted sum of the reward functions."""
+    """Weighted sum of all rewards."""
     reward_terms: dict[str, float]
-    """Unweighted value of each reward function, by name."""
+    """Unweighted value of each reward, by name."""
+    token_rewards: tuple[float, ...] | None = None
+    """What single tokens of the completion earned, of a process reward; their sum is part of `reward`."""
+
+    @property
+    def terminal_reward(self) -> float:
+        """What the completion earned as a whole."""
+        return self.reward - sum(self.token_rewards or ())
 
 
 @dataclass(frozen=True)

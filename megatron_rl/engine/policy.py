@@ -67,6 +67,7 @@ class Policy:
         parallel: ParallelConfig,
         *,
         use_distributed_optimizer: bool = True,
+        trained: bool = True,
     ) -> None:
         """Build this rank's part and load its weights, or draw them from the seed that `initialize` was given.
 
@@ -75,6 +76,7 @@ class Policy:
             groups: of this rank, as `initialize` made them from `parallel`.
             parallel: the layout.
             use_distributed_optimizer: shard the optimizer's state over the data-parallel ranks.
+            trained: False for a model that only computes forward, and needs no memory for gradients.
 
         Raises:
             UserError: the checkpoint is not one of a supported model, or its files are not what config.json says.
@@ -123,7 +125,9 @@ class Policy:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer, overlap_grad_reduce=False
         )
-        self.chunks: list[Any] = [DistributedDataParallel(self.config, ddp, model) for model in self.models]
+        self.chunks: list[Any] = (
+            [DistributedDataParallel(self.config, ddp, model) for model in self.models] if trained else self.models
+        )
 
     def _model_config(self, hf: dict[str, Any]) -> dict[str, Any]:
         """The config.json of the model that is built, given that of model.hf_path."""

@@ -1,4 +1,8 @@
-"""The reference policy: the weights that the run started from, kept on the host and swapped in when KL needs them."""
+"""The reference policy: weights kept on the host and swapped in when KL needs them.
+
+They are those that the run started from, or, where a run says so, follow the policy at a distance. A reference of
+another checkpoint (a teacher) is a policy of its own.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +19,7 @@ class ReferenceWeights:
     def __init__(self, policy: Policy) -> None:
         """Copy the policy's present weights."""
         self.policy = policy
-        self._weights = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters().items()}
+        self.weights = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters().items()}
 
     def _parameters(self) -> dict[str, Tensor]:
         # By Megatron's own names: the last stage's copy of a tied embedding is swapped too.
@@ -23,15 +27,37 @@ class ReferenceWeights:
 
     @contextmanager
     @torch.no_grad()
-    def swapped_in(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[Policy]:
         """Inside the context the policy's model computes with the reference's weights; afterwards with its own."""
         own = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters().items()}
-        self._copy(self._weights)
+        self._copy(self.weights)
         try:
-            yield
+            yield self.policy
         finally:
             self._copy(own)
+
+    @torch.no_grad()
+    def move(self, decay: float) -> None:
+        """Move towards the policy: reference <- decay reference + (1 - decay) policy. 0 copies it.
+
+        An average is kept in float32: in bfloat16 a step of a hundredth of the way would be rounded to none.
+        """
+        for name, parameter in self._parameters().items():
+            present = parameter.detach().to("cpu", copy=True)
+            self.weights[name] = torch.lerp(present.float(), self.weights[name].float(), decay) if decay else present
 
     def _copy(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self._parameters().items():
             parameter.data.copy_(weights[name])
+
+
+class Teacher:
+    """A reference of another checkpoint, on the same ranks."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[Policy]:
+        """A context in which the teacher is what computes."""
+        yield self.policy

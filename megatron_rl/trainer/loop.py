@@ -2,7 +2,8 @@
 
     generate -> score -> log_probs (old, reference) -> advantages -> forward_backward, optim_step -> sync_weights
 
-Log-probs come before advantages, because a KL penalty may be part of the reward.
+Log-probs come before advantages, because a KL penalty may be part of the reward. Generation and scoring are repeated
+where a step asks for prompts whose completions differ in their rewards (`collection`); otherwise they are done once.
 """
 
 from megatron_rl.config.schema import Config
@@ -21,20 +22,22 @@ def train_rl(config: Config, groups: Groups, layout: Layout) -> None:
             training.record(rl.evaluate())
         while not training.is_done:
             with training.step() as row:
-                with phase("generate"):
-                    prompts, completions = rl.generate()
-                with phase("score"):
-                    samples = rl.score(prompts, completions)
+                collection = rl.collection()
+                while count := collection.num_missing:
+                    with phase("generate"):
+                        prompts, completions = rl.generate(count)
+                    with phase("score"):
+                        collection.add(rl.score(prompts, completions))
+                samples = collection.samples
                 with phase("log_probs"):
                     batches = rl.log_probs(samples)
                 with phase("advantages"):
                     advantages = rl.advantages(samples, batches)
                 with phase("train"):
                     row |= rl.train(batches)
-                training.state.data_position += len(prompts)
                 with phase("sync_weights"):
                     row |= rl.sync_weights(version=training.state.step + 1)
-                row |= rl.report(samples, advantages)
+                row |= rl.report(samples, advantages) | collection.metrics()
                 if rl.evaluation_is_due():
                     row |= rl.evaluate()
         training.finish()

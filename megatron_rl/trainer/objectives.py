@@ -1,6 +1,7 @@
-"""The objectives: what turns the log-probs of a packed row into a loss, from the algorithm's independent choices.
+"""The objectives: what turns the outputs of a packed row into a loss, from the algorithm's independent choices.
 
-Built once per optimizer step, when the counts of its global batch are known; the engine calls the result per row.
+Built once per optimizer step, when the counts of its global batch are known; the engine calls the result per row. Those
+on preferences are in `pair_objectives`.
 """
 
 from dataclasses import dataclass
@@ -9,13 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import GlobalCounts, aggregation_weights, weighted_sum
-from megatron_rl.algorithms.kl import kl_estimate
+from megatron_rl.algorithms.combined_loss import combined_loss
+from megatron_rl.algorithms.diagnostics import policy_change_metrics
+from megatron_rl.algorithms.importance import correction_weights, importance_metrics, log_ratios
+from megatron_rl.algorithms.kl import kl_estimate, weighted_kl_estimate
 from megatron_rl.algorithms.metrics import Metric, masked_mean
 from megatron_rl.algorithms.mismatch import mismatch_metrics
-from megatron_rl.algorithms.policy_loss import ppo_clip_loss, ppo_clip_metrics
 from megatron_rl.algorithms.supervised_loss import sft_loss
-from megatron_rl.config.schema import AlgorithmConfig, KLPlace
+from megatron_rl.algorithms.value_loss import clipped_value_loss, value_loss, value_metrics
+from megatron_rl.config.functions import Bound
+from megatron_rl.config.schema import AlgorithmConfig, CorrectionMethod, KLPlace
 from megatron_rl.data.packing import PackedRow
+from megatron_rl.trainer.policy_losses import loss_metrics
 
 Loss = tuple[Tensor, dict[str, Metric]]
 
@@ -55,34 +61,86 @@ class SupervisedObjective:
 
 @dataclass(frozen=True)
 class PolicyGradientObjective(SupervisedObjective):
-    """Clipped surrogate + KL penalty - entropy bonus."""
+    """The configured policy loss, corrected for the rollout, + KL penalty - entropy bonus."""
 
+    policy_loss: Bound
+    """Of `policy_losses.resolve_policy_loss`."""
     on_policy: bool
     """The old policy is the current one: old log-probs are the present ones, and the ratio is exactly 1."""
+    kl_coefficient: float
+    """Of this step."""
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Loss:
         """See engine.step.LossFunction."""
-        algorithm, mask, weights = self.algorithm, row.loss_mask, self.weights(row)
-        old = log_probs.detach() if self.on_policy else row.per_token["old_log_probs"]
-        advantages = row.per_token["advantages"]
-        clip: Any = dict(
-            clip_low=algorithm.policy_loss.clip_low,
-            clip_high=algorithm.policy_loss.clip_high,
-            dual_clip=algorithm.policy_loss.dual_clip,
+        algorithm, mask, per_token = self.algorithm, row.loss_mask, row.per_token
+        old = log_probs.detach() if self.on_policy else per_token["old_log_probs"]
+        values: dict[str, Any] = dict(
+            log_probs=log_probs,
+            old_log_probs=old,
+            advantages=per_token["advantages"],
+            rollout_log_probs=per_token["rollout_log_probs"],
+            ref_log_probs=per_token.get("ref_log_probs"),
+            entropy=entropy,
+            loss_mask=mask,
+            cu_seqlens=row.cu_seqlens,
         )
-        policy_loss = weighted_sum(ppo_clip_loss(log_probs, old, advantages, **clip), weights)
-        entropy_term = weighted_sum(entropy, weights)
-        loss = policy_loss - algorithm.entropy_coefficient * entropy_term
-        metrics = {
+        losses = self.policy_loss(**values)
+        correction, metrics = self._correction(old, row)
+        if correction is not None:
+            losses = losses * correction
+        metrics |= {
             "policy/entropy": masked_mean(entropy, mask),
-            **ppo_clip_metrics(log_probs, old, advantages, mask, **clip),
+            **loss_metrics(algorithm.policy_loss, values),
+            **policy_change_metrics(log_probs, old, mask),
             # Of the old policy, which sampled: later updates of a step move on, which is not a mismatch.
-            **mismatch_metrics(old, row.per_token["rollout_log_probs"], mask),
+            **mismatch_metrics(old, per_token["rollout_log_probs"], mask),
         }
-        if "ref_log_probs" in row.per_token:
-            kl = kl_estimate(log_probs, row.per_token["ref_log_probs"], algorithm.kl.estimator.value)
+        kl = None
+        if "ref_log_probs" in per_token:
+            kl = self._kl(log_probs, old, per_token["ref_log_probs"])
             metrics["policy/kl_ref"] = masked_mean(kl, mask)
-            if algorithm.kl.place is KLPlace.loss:
-                loss = loss + algorithm.kl.coefficient * weighted_sum(kl, weights)
+        in_loss = kl is not None and algorithm.kl.place is KLPlace.loss
+        loss, terms = combined_loss(
+            losses,
+            self.weights(row),
+            entropy=(entropy, algorithm.entropy_coefficient) if algorithm.entropy_coefficient else None,
+            kl=(kl, self.kl_coefficient) if in_loss and kl is not None else None,
+        )
         metrics["policy/loss"] = self.loss_metric(loss, row)
+        if len(terms) > 1:
+            metrics |= {f"policy/loss_{name}": self.loss_metric(term, row) for name, term in terms.items()}
         return loss, metrics
+
+    def _kl(self, log_probs: Tensor, old: Tensor, reference: Tensor) -> Tensor:
+        estimator: Any = self.algorithm.kl.estimator.value
+        if self.algorithm.kl.weighted:
+            return weighted_kl_estimate(log_probs, old, reference, estimator)
+        return kl_estimate(log_probs, reference, estimator)
+
+    def _correction(self, old: Tensor, row: PackedRow) -> tuple[Tensor | None, dict[str, Metric]]:
+        """Weights of the tokens, if any, for the difference between the old policy and the engine that sampled."""
+        settings = self.algorithm.correction
+        ratios = log_ratios(
+            old.detach(),
+            row.per_token["rollout_log_probs"],
+            row.loss_mask,
+            row.cu_seqlens,
+            level=settings.level.value,
+        )
+        metrics = importance_metrics(ratios, row.loss_mask, low=settings.low, high=settings.high)
+        if settings.method is CorrectionMethod.metrics_only:
+            return None, metrics
+        return correction_weights(ratios, method=settings.method.value, low=settings.low, high=settings.high), metrics
+
+
+@dataclass(frozen=True)
+class ValueObjective(SupervisedObjective):
+    """The critic's squared error, on a row with `returns` and the `values` before the step's first update."""
+
+    def __call__(self, values: Tensor, row: PackedRow) -> Loss:  # type: ignore[override]
+        """See engine.step.LossFunction."""
+        returns, old, clip = row.per_token["returns"], row.per_token["values"], self.algorithm.critic.clip
+        losses = value_loss(values, returns) if clip is None else clipped_value_loss(values, old, returns, clip=clip)
+        loss = weighted_sum(losses, self.weights(row))
+        metrics = value_metrics(values.detach(), returns, row.loss_mask, old_values=old, clip=clip)
+        return loss, {"value/loss": self.loss_metric(loss, row), **metrics}

@@ -1,29 +1,35 @@
-"""The verbs of the loop: what each does to the samples of a step."""
+"""The verbs of the loop: what each does to the samples of a step. How it is done is said where each verb points to."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.algorithms.advantages import group_relative_advantages
-from megatron_rl.algorithms.kl import kl_estimate
+from megatron_rl.algorithms.advantages import RunningBaseline
 from megatron_rl.algorithms.metrics import Metric, combine
-from megatron_rl.config.schema import Config, KLPlace
+from megatron_rl.config.schema import Config
 from megatron_rl.data.datasets import load_prompts, training_sequence
 from megatron_rl.data.order import DataOrder
-from megatron_rl.data.packing import PackedRow, unpack
+from megatron_rl.data.packing import PackedRow
 from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.engine.step import forward_log_probs
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rewards.registry import resolve_rewards
 from megatron_rl.trainer import evaluation
-from megatron_rl.trainer.minibatch import MiniBatch, spread
-from megatron_rl.trainer.objectives import PolicyGradientObjective
+from megatron_rl.trainer.advantages import add_advantages
+from megatron_rl.trainer.collection import Collection
+from megatron_rl.trainer.convergence import convergence_metrics
+from megatron_rl.trainer.estimators import needs_critic, resolve_estimator
+from megatron_rl.trainer.kl_penalty import KLPenalty
+from megatron_rl.trainer.learned_reward import LearnedReward
+from megatron_rl.trainer.length_penalty import punish_length
+from megatron_rl.trainer.minibatch import MiniBatch
+from megatron_rl.trainer.objectives import PolicyGradientObjective, ValueObjective
+from megatron_rl.trainer.policy_losses import resolve_policy_loss
 from megatron_rl.trainer.rollout_log import write_rollouts
 from megatron_rl.trainer.rollouts import RolloutWorker, build_engine, draw_seeds, training_sampling
+from megatron_rl.trainer.sample_report import sample_metrics, sample_records
 from megatron_rl.trainer.sync import WeightSync
 from megatron_rl.trainer.tokenizer import load_tokenizer
 from megatron_rl.trainer.training import Training
@@ -63,7 +69,18 @@ class Reinforcement:
         num_samples = rollout.num_prompts_per_step * rollout.num_samples_per_prompt
         self.samples_per_update = config.train.global_batch_size or num_samples
         self.num_updates = num_samples // self.samples_per_update * config.train.num_epochs_per_step
-        self.training = Training(config, groups, num_updates_per_step=self.num_updates, records=records)
+        self.estimator = resolve_estimator(config.algorithm.advantage)
+        self.policy_loss = resolve_policy_loss(config.algorithm.policy_loss)
+        self.training = Training(
+            config,
+            groups,
+            num_updates_per_step=self.num_updates,
+            with_critic=needs_critic(self.estimator),
+            with_reference=bool(config.algorithm.kl.coefficient) or "ref_log_probs" in self.policy_loss.wants,
+            records=records,
+        )
+        self.kl = KLPenalty(config.algorithm.kl, self.training.reference, self.training.state)
+        self.learned_reward = LearnedReward(config, groups, tokenizer) if config.rewards.model.hf_path else None
         self.sampling = training_sampling(rollout.sampling)
         engine = build_engine(
             rollout,
@@ -85,114 +102,104 @@ class Reinforcement:
         self.worker.engine.wake_up()
         return self._sync(self.training.state.step if version is None else version)
 
-    def generate(self) -> tuple[list[Prompt], list[list[Completion]]]:
-        """Draw the step's prompts and complete this engine's share of them."""
-        count, position = self.config.rollout.num_prompts_per_step, self.training.state.data_position
-        prompts = [self.prompts[row] for row in self.order.rows(position, count)]
-        seeds = draw_seeds(self.config.seed, position, count)
+    def collection(self) -> Collection:
+        """An empty batch for this step's samples."""
+        return Collection(self.config.rollout.num_prompts_per_step, self.config.algorithm.dynamic_sampling.max_rounds)
+
+    def generate(self, count: int) -> tuple[list[Prompt], list[list[Completion]]]:
+        """Draw `count` prompts and complete this engine's share of them."""
+        state = self.training.state
+        prompts = [self.prompts[row] for row in self.order.rows(state.data_position, count)]
+        seeds = draw_seeds(self.config.seed, state.data_position, count)
+        state.data_position += count
         completions = self.worker.generate(
             prompts, seeds, self.sampling, self.config.rollout.num_samples_per_prompt, self.training.progress
         )
-        self.worker.engine.sleep()
         return prompts, completions
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Sample]:
-        """Reward this engine's completions; every rank gets the samples of all."""
-        return [sample for of_prompt in self.worker.score(prompts, completions) for sample in of_prompt]
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Sample]]:
+        """Reward this engine's completions; every rank gets the samples of all, by prompt."""
+        by_prompt = self.worker.score(prompts, completions)
+        samples = [sample for of_prompt in by_prompt for sample in of_prompt]
+        samples = punish_length(samples, self.config.rewards.overlong, max_tokens=self.sampling.max_response_tokens)
+        if self.learned_reward is not None:
+            samples = self.learned_reward(samples, self.training)
+        scored = iter(samples)
+        return [[next(scored) for _ in of_prompt] for of_prompt in by_prompt]
 
     def log_probs(self, samples: Sequence[Sample]) -> list[MiniBatch]:
-        """Lay out the mini-batches and add to their rows the log-probs of the old and the reference policy.
+        """Lay out the mini-batches and add the log-probs of the old and the reference policy, and the critic's values.
 
         The old policy's are skipped where they are those of the first and only update, bit for bit.
         """
+        self.worker.engine.sleep()
         sequences = [training_sequence(sample) for sample in samples]
         size = self.samples_per_update
         batches = [
             self.training.minibatch(sequences, range(start, start + size)) for start in range(0, len(sequences), size)
         ]
-        rows = [row for batch in batches for row in batch.rows]
-        in_reward = self.training.reference is not None and self.config.algorithm.kl.place is KLPlace.reward
-        if not self.on_policy or in_reward:
-            self._add_log_probs(rows, "old_log_probs")
-        if self.training.reference is not None:
-            with self.training.reference.swapped_in():
-                self._add_log_probs(rows, "ref_log_probs")
+        rows = _rows(batches)
+        if not self.on_policy or self.kl.in_reward:
+            outputs = forward_log_probs(self.training.policy, rows, temperature=self.sampling.temperature)
+            for row, (log_probs, _) in zip(rows, outputs, strict=True):
+                row.per_token["old_log_probs"] = log_probs
+        self.kl.add_log_probs(rows, temperature=self.sampling.temperature)
+        if self.training.critic is not None:
+            self.training.critic.add_values(rows)
         return batches
 
-    def _add_log_probs(self, rows: Sequence[PackedRow], name: str) -> None:
-        outputs = forward_log_probs(self.training.policy, rows, temperature=self.sampling.temperature)
-        for row, (log_probs, _) in zip(rows, outputs, strict=True):
-            row.per_token[name] = log_probs
-
     def advantages(self, samples: Sequence[Sample], batches: Sequence[MiniBatch]) -> Tensor:
-        """Compare each reward with its group's, and spread the result over the tokens of the rows; [samples]."""
-        settings = self.config.algorithm
-        rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float32)
-        if self.training.reference is not None and settings.kl.place is KLPlace.reward:
-            rewards -= settings.kl.coefficient * self._sequence_kl(batches, len(samples))
-        advantages = group_relative_advantages(
-            rewards,
-            torch.tensor([sample.prompt.prompt_id for sample in samples]),
-            normalize_by_std=settings.advantage.normalize_by_std,
-            std_epsilon=settings.advantage.std_epsilon,
+        """Advantages of the rows' tokens, and of the completions, [samples]; see `advantages`."""
+        settings, adaptive = self.config.algorithm.advantage, self.training.state.adaptive
+        rows = _rows(batches)
+        self.kl.penalise(rows)
+        baseline = RunningBaseline(**adaptive.get("baseline", {}))
+        advantages = add_advantages(
+            samples,
+            rows,
+            config=settings,
+            estimator=self.estimator,
+            baseline=baseline,
+            dp=self.training.groups.dp,
         )
-        values = advantages.tolist()
-        for batch in batches:
-            for row in batch.rows:
-                row.per_token["advantages"] = spread(row, values)
+        rewards = sum(sample.reward for sample in samples)
+        if "baseline" in self.estimator.wants:
+            adaptive["baseline"] = asdict(baseline.after(rewards, len(samples), decay=settings.baseline_decay))
         return advantages
 
-    def _sequence_kl(self, batches: Sequence[MiniBatch], num_samples: int) -> Tensor:
-        """[samples]: estimated KL(old policy || reference) summed over each completion's tokens, from all ranks."""
-        mine: dict[int, float] = {}
-        for row in (row for batch in batches for row in batch.rows):
-            old, reference = row.per_token["old_log_probs"], row.per_token["ref_log_probs"]
-            kl = kl_estimate(old, reference, self.config.algorithm.kl.estimator.value)
-            kept = torch.where(row.loss_mask > 0, kl, 0.0)
-            mine |= {i: float(part.sum()) for i, part in zip(row.sequence_ids, unpack(kept, row), strict=True)}
-        dp = self.training.groups.dp
-        gathered: list[dict[int, float]] = [{} for _ in range(dp.size())]
-        dist.all_gather_object(gathered, mine, group=dp)
-        everyone = {i: kl for of_rank in gathered for i, kl in of_rank.items()}
-        return torch.tensor([everyone[i] for i in range(num_samples)])
-
     def train(self, batches: Sequence[MiniBatch]) -> dict[str, float]:
-        """One optimizer step per mini-batch and epoch."""
+        """One optimizer step per mini-batch and epoch, of the critic if there is one and of the policy."""
         metrics: dict[str, Metric] = {}
-        norm = self.config.algorithm.token_sum_norm or float(self.sampling.max_response_tokens)
-        for _ in range(self.config.train.num_epochs_per_step):
-            for batch in batches:
-                objective = PolicyGradientObjective(self.config.algorithm, batch.counts, norm, on_policy=self.on_policy)
-                update = self.training.update(batch, objective, temperature=self.sampling.temperature)
+        algorithm, training = self.config.algorithm, self.training
+        norm = algorithm.token_sum_norm or float(self.sampling.max_response_tokens)
+        warming_up = training.critic is not None and training.state.step < algorithm.critic.warmup_steps
+        for batch in [batch for _ in range(self.config.train.num_epochs_per_step) for batch in batches]:
+            if training.critic is not None:
+                metrics = combine(metrics, training.update_critic(batch, ValueObjective(algorithm, batch.counts, norm)))
+            if not warming_up:
+                objective = PolicyGradientObjective(
+                    algorithm,
+                    batch.counts,
+                    norm,
+                    policy_loss=self.policy_loss,
+                    on_policy=self.on_policy,
+                    kl_coefficient=self.kl.coefficient,
+                )
+                update = training.update(batch, objective, temperature=self.sampling.temperature)
                 metrics = combine(metrics, update)
-        row = self.training.reduce(metrics)
-        check_mismatch(row, self.config.rollout.max_mismatch)
-        return row
+        found = training.reduce(metrics)
+        if not warming_up:
+            check_mismatch(found, self.config.rollout.max_mismatch)
+        found |= self.kl.after_step(found, len(batches) * self.samples_per_update)
+        return found | convergence_metrics(found, self.config.logging.convergence, training.state)
 
     def report(self, samples: Sequence[Sample], advantages: Tensor) -> dict[str, float]:
         """Metrics of the step's samples; a few of them are written to the run's folder."""
-        rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
-        lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples], dtype=torch.float64)
-        truncated = [sample.completion.finish_reason == "length" for sample in samples]
-        ages = [self.training.state.step - sample.completion.weight_version for sample in samples]
+        done = self.training.state.step
         if self.training.is_main:
-            every = max(1, len(samples) // max(1, self.config.logging.num_logged_rollouts))
-            chosen = range(0, len(samples), every)[: self.config.logging.num_logged_rollouts]
-            step = self.training.state.step + 1
-            records = [_record(samples[i], float(advantages[i]), step) for i in chosen]
-            write_rollouts(self.training.run, step, records)
-        return {
-            "reward/mean": float(rewards.mean()),
-            "reward/std": float(rewards.std(correction=0)),
-            "reward/min": float(rewards.min()),
-            "reward/max": float(rewards.max()),
-            **_reward_terms(samples),
-            "response/length_mean": float(lengths.mean()),
-            "response/truncated_fraction": sum(truncated) / len(truncated),
-            "staleness/mean": sum(ages) / len(ages),
-            "staleness/max": max(ages),
-            "throughput/tokens": float(lengths.sum()) + sum(len(sample.prompt.token_ids) for sample in samples),
-        }
+            count = self.config.logging.num_logged_rollouts
+            write_rollouts(self.training.run, done + 1, sample_records(samples, advantages, step=done + 1, count=count))
+        return sample_metrics(samples, version=done)
 
     def evaluation_is_due(self) -> bool:
         """Whether the step that is ending is one to evaluate after."""
@@ -217,24 +224,5 @@ def check_mismatch(row: dict[str, float], limit: float | None) -> None:
         )
 
 
-def _reward_terms(samples: Sequence[Sample]) -> dict[str, float]:
-    names = samples[0].reward_terms
-    return {f"reward/{name}": sum(sample.reward_terms[name] for sample in samples) / len(samples) for name in names}
-
-
-def _record(sample: Sample, advantage: float, step: int) -> dict[str, Any]:
-    prompt, completion = sample.prompt, sample.completion
-    return {
-        "step": step,
-        "prompt_id": prompt.prompt_id,
-        "source": prompt.source,
-        "prompt": prompt.text,
-        "completion": completion.text,
-        "answer": prompt.answer,
-        "reward": sample.reward,
-        "reward_terms": sample.reward_terms,
-        "advantage": advantage,
-        "finish_reason": completion.finish_reason,
-        "num_tokens": len(completion.token_ids),
-        "weight_version": completion.weight_version,
-    }
+def _rows(batches: Sequence[MiniBatch]) -> list[PackedRow]:
+    return [row for batch in batches for row in batch.rows]

@@ -1,34 +1,59 @@
 """What every recipe shares: the run's folder, policy, optimizer, metrics and checkpoints, and how a run resumes."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch.distributed as dist
 
 from megatron_rl.algorithms.metrics import Metric
 from megatron_rl.checkpoint import training_state
 from megatron_rl.checkpoint.hf_export import export_hf
+from megatron_rl.config.errors import UserError
 from megatron_rl.config.load import save_config
 from megatron_rl.config.numerics import row_multiple
 from megatron_rl.config.schema import Config, NonFinite
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
-from megatron_rl.engine.reference import ReferenceWeights
+from megatron_rl.engine.reference import ReferenceWeights, Teacher
 from megatron_rl.engine.step import NON_FINITE_LOSSES, LossFunction, forward_backward
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.reductions import reduce_counts, reduce_metrics
+from megatron_rl.trainer.critic import build_critic
 from megatron_rl.trainer.metrics_log import MetricsLog
 from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.progress import Progress
 from megatron_rl.trainer.rollout_log import truncate_rollouts_to_step
 from megatron_rl.trainer.run_directory import RunDirectory
 from megatron_rl.trainer.timing import PhaseTimer
+
+
+def build_reference(config: Config, policy: Policy) -> ReferenceWeights | Teacher:
+    """The reference policy of a run that starts: its own first weights, or another checkpoint.
+
+    Raises:
+        UserError: the other checkpoint has another vocabulary.
+    """
+    path = config.algorithm.kl.reference_path
+    if path is None:
+        return ReferenceWeights(policy)
+    teacher = Policy(
+        replace(config.model, hf_path=path, load_weights=True),
+        policy.groups,
+        config.parallel,
+        trained=False,
+    )
+    sizes = [model.hf["vocab_size"] for model in (teacher, policy)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"algorithm.kl.reference_path: given a vocabulary of {sizes[0]}, allowed: {sizes[1]}, the policy's"
+        )
+    return Teacher(teacher)
 
 
 class NonFiniteError(RuntimeError):
@@ -43,18 +68,33 @@ class RunState:
     """Steps done. The policy's weight version is the same number."""
     data_position: int = 0
     """Training rows drawn."""
+    adaptive: dict[str, Any] = field(default_factory=dict)
+    """What an algorithm adapts from step to step, as plain values: a KL coefficient, a running baseline."""
 
 
 class Training:
     """A run in progress on this rank; a context that closes its record, also when the run fails."""
 
-    def __init__(self, config: Config, groups: Groups, *, num_updates_per_step: int, records: bool = True) -> None:
+    def __init__(
+        self,
+        config: Config,
+        groups: Groups,
+        *,
+        num_updates_per_step: int,
+        build: Callable[..., Policy] = Policy,
+        with_critic: bool = False,
+        with_reference: bool = False,
+        records: bool = True,
+    ) -> None:
         """Build or resume the run of `config`.
 
         Args:
             config: validated.
             groups: this rank's.
             num_updates_per_step: optimizer steps of a step.
+            build: the model that is trained; a reward model is another one than a policy.
+            with_critic: a critic is trained beside it.
+            with_reference: a reference policy is kept, to compare with.
             records: False leaves the run's folder as it is, which another process may be writing.
 
         Raises:
@@ -65,16 +105,16 @@ class Training:
         self.is_main = dist.get_rank() == 0
         self.state = RunState()
         self.timer = PhaseTimer()
-        self.policy = Policy(
+        num_steps = config.train.num_steps * num_updates_per_step
+        self.policy = build(
             config.model,
             groups,
             config.parallel,
             use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         )
-        self.reference = ReferenceWeights(self.policy) if config.algorithm.kl.coefficient else None
-        self.optimizer = Optimizer(
-            config.optimizer, self.policy, num_steps=config.train.num_steps * num_updates_per_step
-        )
+        self.reference = build_reference(config, self.policy) if with_reference else None
+        self.optimizer = Optimizer(config.optimizer, self.policy, num_steps=num_steps)
+        self.critic = build_critic(config, groups, num_steps=num_steps) if with_critic else None
         if self.is_main and records:
             self.run.create()
         dist.barrier()
@@ -131,16 +171,33 @@ class Training:
         )
 
     def update(self, batch: MiniBatch, objective: LossFunction, *, temperature: float = 1.0) -> dict[str, Metric]:
-        """One optimizer step on a mini-batch: forward, backward, clip, step.
+        """One optimizer step of the policy on a mini-batch: forward, backward, clip, step.
 
         Raises:
             NonFiniteError: optimizer.on_non_finite is 'stop', and the loss or the gradient norm is not finite.
         """
-        self.optimizer.zero_grad()
-        metrics = forward_backward(self.policy, batch.rows, objective, temperature=temperature)
+        metrics = self._update(self.policy, self.optimizer, batch, objective, temperature)
+        if not self.groups.reports:
+            return {}
+        return metrics | {
+            "data/packing_efficiency": Metric("mean", batch.packing_efficiency),
+            "data/imbalance": Metric("max", batch.imbalance),
+        }
+
+    def update_critic(self, batch: MiniBatch, objective: LossFunction) -> dict[str, Metric]:
+        """One optimizer step of the critic; see `update`. Its metrics are all called value/..."""
+        assert self.critic is not None
+        metrics = self._update(self.critic.model, self.critic.optimizer, batch, objective, 1.0)
+        return {name.replace("optim/", "value/"): metric for name, metric in metrics.items()}
+
+    def _update(
+        self, model: Policy, optimizer: Optimizer, batch: MiniBatch, objective: LossFunction, temperature: float
+    ) -> dict[str, Metric]:
+        optimizer.zero_grad()
+        metrics = forward_backward(model, batch.rows, objective, temperature=temperature)
         bad_losses = metrics.pop(NON_FINITE_LOSSES).value if metrics else 0.0
         (bad_losses,) = reduce_counts([bad_losses], self.groups.world)
-        update = self.optimizer.step(loss_is_finite=not bad_losses)
+        update = optimizer.step(loss_is_finite=not bad_losses)
         if not update.finite and self.config.optimizer.on_non_finite is NonFinite.stop:
             raise NonFiniteError(
                 f"step {self.state.step + 1}: the gradient norm is {update.grad_norm}, and the loss of {bad_losses:g} "
@@ -152,8 +209,6 @@ class Training:
             "optim/grad_norm": Metric("max", update.grad_norm if update.finite else math.nan),
             "optim/lr": Metric("max", update.lr),
             "optim/skipped_updates": Metric("sum", 0.0 if update.finite else 1.0 / self.groups.dp.size()),
-            "data/packing_efficiency": Metric("mean", batch.packing_efficiency),
-            "data/imbalance": Metric("max", batch.imbalance),
         }
 
     def reduce(self, metrics: dict[str, Metric]) -> dict[str, float]:

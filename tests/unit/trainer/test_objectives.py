@@ -8,9 +8,20 @@ from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import GlobalCounts
 from megatron_rl.algorithms.metrics import Metric, combine
-from megatron_rl.config.schema import AlgorithmConfig, KLConfig, KLEstimator, KLPlace
+from megatron_rl.config.schema import (
+    AlgorithmConfig,
+    CorrectionConfig,
+    CorrectionLevel,
+    CorrectionMethod,
+    CriticConfig,
+    KLConfig,
+    KLEstimator,
+    KLPlace,
+    PolicyLossConfig,
+)
 from megatron_rl.data.packing import PackedRow
-from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective
+from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective, ValueObjective
+from megatron_rl.trainer.policy_losses import resolve_policy_loss
 
 # One sequence: a prompt token that is not trained on, whose values are nan on purpose, and two response tokens.
 MASK = [0.0, 1.0, 1.0]
@@ -44,15 +55,22 @@ def evaluate(
     """(loss, its gradient by log_probs, by entropy, metrics)."""
     values = torch.tensor(log_probs, requires_grad=True)
     entropies = torch.tensor(entropy or [NAN, 1.0, 2.0], requires_grad=True)
-    objective = PolicyGradientObjective(algorithm, counts, token_sum_norm=4.0, on_policy=on_policy)
+    objective = PolicyGradientObjective(
+        algorithm,
+        counts,
+        token_sum_norm=4.0,
+        policy_loss=resolve_policy_loss(algorithm.policy_loss),
+        on_policy=on_policy,
+        kl_coefficient=algorithm.kl.coefficient,
+    )
     loss, metrics = objective(values, entropies, packed)
     loss.backward()
-    return float(loss), gradient(values), gradient(entropies), metrics
+    return float(loss.detach()), gradient(values), gradient(entropies), metrics
 
 
 def gradient(values: Tensor) -> list[float]:
-    assert values.grad is not None
-    return values.grad.tolist()
+    """Zeros for what the loss does not contain."""
+    return [0.0] * len(values) if values.grad is None else values.grad.tolist()
 
 
 def test_on_policy_the_ratio_is_exactly_1_and_still_trains() -> None:
@@ -146,3 +164,82 @@ def test_supervised_loss_is_the_mean_negative_log_likelihood() -> None:
     assert float(loss) == metrics["sft/loss"].result() == 1.5
     assert gradient(log_probs) == [0.0, -0.5, -0.5]
     assert metrics["policy/entropy"].result() == 1.5
+
+
+def corrected(method: CorrectionMethod, level: CorrectionLevel = CorrectionLevel.token) -> AlgorithmConfig:
+    return AlgorithmConfig(correction=CorrectionConfig(method=method, level=level, low=0.6, high=1.4))
+
+
+# Ratios of the policy to the engine: 1.5 and 1.1; of the whole completion 1.65.
+AHEAD = [NAN, -1.0 + math.log(1.5), -2.0 + math.log(1.1)]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "weights"),
+    [
+        (corrected(CorrectionMethod.metrics_only), [1.0, 1.0]),
+        (corrected(CorrectionMethod.truncate), [1.4, 1.1]),
+        (corrected(CorrectionMethod.mask), [0.0, 1.1]),  # 1.5 is outside [0.6, 1.4]
+        (corrected(CorrectionMethod.reject), [0.0, 1.0]),
+        (corrected(CorrectionMethod.reject, CorrectionLevel.sequence), [0.0, 0.0]),
+        (corrected(CorrectionMethod.truncate, CorrectionLevel.geometric), [1.65**0.5, 1.65**0.5]),
+    ],
+)
+def test_tokens_are_weighed_by_the_ratio_to_the_engine(algorithm: AlgorithmConfig, weights: list[float]) -> None:
+    _, by_log_probs, _, metrics = evaluate(algorithm, row(), log_probs=AHEAD)
+    # Advantages 3 and -1, ratio to the old policy 1, mean over 2 tokens.
+    assert by_log_probs == pytest.approx([0.0, -1.5 * weights[0], 0.5 * weights[1]], rel=1e-6)
+    outside = 1.0 if algorithm.correction.level is not CorrectionLevel.token else 0.5
+    outside = 0.0 if algorithm.correction.level is CorrectionLevel.geometric else outside  # 1.28
+    assert metrics["importance/above_fraction"].result() == outside
+
+
+def test_the_weighted_kl_has_a_gradient_for_k1_too() -> None:
+    """On-policy: value d, gradient d + 1 per token; k1 alone has gradient 1, which says nothing of the reference."""
+    kl = KLConfig(coefficient=0.5, estimator=KLEstimator.k1, weighted=True)
+    packed = row(ref_log_probs=[NAN, -2.0, -2.0], advantages=[0.0, 0.0, 0.0])
+    loss, by_log_probs, _, _ = evaluate(AlgorithmConfig(kl=kl), packed, log_probs=[NAN, -1.0, -2.0])
+    assert loss == 0.25  # 0.5 (1 + 0) / 2
+    assert by_log_probs == [0.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("name", "gradient_of_tokens"),
+    [
+        ("reinforce", [-1.5, 0.5]),
+        ("importance_weighted", [-1.5, 0.5]),  # equal at ratio 1, and so is every other
+        ("cispo", [-1.5, 0.5]),
+        ("gspo_token", [-1.5, 0.5]),
+        ("gspo", [-0.5, -0.5]),  # the completion's mean: (-3 + 1) / 2 shared by its 2 tokens
+    ],
+)
+def test_losses_are_chosen_by_name(name: str, gradient_of_tokens: list[float]) -> None:
+    algorithm = AlgorithmConfig(policy_loss=PolicyLossConfig(name=name))
+    _, by_log_probs, _, metrics = evaluate(algorithm, row(), log_probs=[NAN, -1.1, -2.3])
+    assert by_log_probs == pytest.approx([0.0, *gradient_of_tokens], rel=1e-6)
+    assert metrics["policy/ratio_max"].result() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("clip", [None, 0.25])
+def test_the_value_loss_is_of_the_returns(clip: float | None) -> None:
+    """Returns 5 and 0 against values 1 and 3: (16 + 9) / 2 / 2 tokens; values far from their returns are pulled."""
+    values = torch.tensor([NAN, 1.0, 3.0], requires_grad=True)
+    packed = row(returns=[NAN, 5.0, 0.0], values=[NAN, 1.0, 3.0])
+    algorithm = AlgorithmConfig(critic=CriticConfig(clip=clip))
+    found, metrics = ValueObjective(algorithm, COUNTS, token_sum_norm=4.0)(values, packed)
+    found.backward()
+    assert float(found.detach()) == metrics["value/loss"].result() == 6.25
+    assert gradient(values) == [0.0, -2.0, 1.5]
+    # Residuals 4 and -3: variance 12.25; returns 5 and 0: 6.25.
+    assert metrics["value/explained_variance"].result() == pytest.approx(1 - 12.25 / 6.25)
+
+
+def test_the_clip_lets_a_value_go_that_has_moved_enough() -> None:
+    """From 1 to 1.5 towards 5 with clip 0.25: beyond 1.25 it is pulled no more. From 3 to 3.5, away from 0, it is."""
+    values = torch.tensor([NAN, 1.5, 3.5], requires_grad=True)
+    packed = row(returns=[NAN, 5.0, 0.0], values=[NAN, 1.0, 3.0])
+    algorithm = AlgorithmConfig(critic=CriticConfig(clip=0.25))
+    found, metrics = ValueObjective(algorithm, COUNTS, token_sum_norm=4.0)(values, packed)
+    found.backward()
+    assert gradient(values) == [0.0, 0.0, 1.75]
+    assert metrics["value/clip_fraction"].result() == 0.5

@@ -25,6 +25,8 @@ from megatron_rl.config.schema import (
 from megatron_rl.data.datasets import training_sequence
 from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.trainer.estimators import resolve_estimator
+from megatron_rl.trainer.kl_penalty import KLPenalty
 from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.reinforcement import Reinforcement
 from megatron_rl.trainer.run_directory import RunDirectory
@@ -58,6 +60,8 @@ def reinforcement(
     rl = object.__new__(Reinforcement)
     rl.config = Config(algorithm=algorithm or AlgorithmConfig(), **config)
     rl.training = cast(Any, SimpleNamespace(reference=reference, groups=groups, state=RunState(step=2), is_main=True))
+    rl.estimator = resolve_estimator(rl.config.algorithm.advantage)
+    rl.kl = KLPenalty(rl.config.algorithm.kl, cast(Any, reference), rl.training.state)
     return rl
 
 

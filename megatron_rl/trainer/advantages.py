@@ -1,0 +1,125 @@
+"""From the rewards of a step to the advantages of its tokens.
+
+    rewards of tokens   what a process reward model gave them, less the KL penalty where it is in the reward
+    rewards             of whole completions; for an estimator of tokens on the last trained token of each
+    estimator           of completions or of tokens; see `estimators`
+    whitening           over the trained tokens of the global batch
+
+Each rank works on the rows that it will train on. What must be known of all of them, sums of completions and moments
+of tokens, is gathered.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rl.algorithms.advantages import RunningBaseline, whiten
+from megatron_rl.algorithms.gae import discounted_returns
+from megatron_rl.algorithms.metrics import Moments
+from megatron_rl.algorithms.reward_shaping import terminal_rewards
+from megatron_rl.algorithms.sequences import sequence_means, sequence_sums
+from megatron_rl.config.functions import Bound
+from megatron_rl.config.schema import AdvantageConfig, Whitening
+from megatron_rl.data.packing import PackedRow
+from megatron_rl.data.samples import Sample
+from megatron_rl.trainer.estimators import is_of_tokens
+from megatron_rl.trainer.minibatch import spread
+
+TOKEN_REWARDS = "token_rewards"
+"""Rewards of single tokens, [T], of a row that has any."""
+
+
+def add_advantages(
+    samples: Sequence[Sample],
+    rows: Sequence[PackedRow],
+    *,
+    config: AdvantageConfig,
+    estimator: Bound,
+    baseline: RunningBaseline,
+    dp: ProcessGroup,
+) -> Tensor:
+    """Give every row its per-token `advantages` and, if it has `values`, `returns`; collective over `dp`.
+
+    Args:
+        samples: of the whole step, the same on all ranks; a row's sequence ids are positions in them.
+        rows: of this data-parallel rank. Their `token_rewards`, if there, are 0 on masked tokens.
+        config: settings of the estimator.
+        estimator: of `resolve_estimator`.
+        baseline: of the steps before.
+        dp: ranks whose rows make up the step.
+
+    Returns:
+        [samples] float32: each completion's advantage, the mean over its tokens.
+    """
+    rewards = torch.tensor([sample.terminal_reward for sample in samples], dtype=torch.float32)
+    if is_of_tokens(estimator):
+        for row in rows:
+            _estimate_tokens(row, rewards, estimator, config.gamma)
+    else:
+        if any(TOKEN_REWARDS in row.per_token for row in rows):
+            rewards = rewards + gathered_sums(rows, TOKEN_REWARDS, len(samples), dp)
+        group_ids = torch.tensor([sample.prompt.prompt_id for sample in samples])
+        advantages = estimator(
+            rewards=rewards, group_ids=group_ids, baseline=baseline, values=None, loss_mask=None, cu_seqlens=None
+        )
+        for row in rows:
+            row.per_token["advantages"] = spread(row, advantages.tolist())
+    if config.whiten is not Whitening.none:
+        _whiten(rows, dp, subtract_mean=config.whiten is Whitening.full, epsilon=config.std_epsilon)
+    return gathered_means(rows, "advantages", len(samples), dp)
+
+
+def _estimate_tokens(row: PackedRow, rewards: Tensor, estimator: Bound, gamma: float) -> None:
+    mask, cu_seqlens = row.loss_mask, row.cu_seqlens[: len(row.sequence_ids) + 1]
+    of_tokens = terminal_rewards(rewards[list(row.sequence_ids)], mask, cu_seqlens)
+    if TOKEN_REWARDS in row.per_token:
+        of_tokens = of_tokens + row.per_token[TOKEN_REWARDS]
+    values = row.per_token.get("values")
+    found = estimator(
+        rewards=of_tokens, values=values, loss_mask=mask, cu_seqlens=cu_seqlens, group_ids=None, baseline=None
+    )
+    advantages, returns = found if isinstance(found, tuple) else (found, None)
+    row.per_token["advantages"] = torch.where(mask > 0, advantages, 0.0)
+    if values is not None:
+        if returns is None:
+            returns = discounted_returns(of_tokens, mask, cu_seqlens, gamma=gamma)
+        row.per_token["returns"] = returns
+
+
+def _whiten(rows: Sequence[PackedRow], dp: ProcessGroup, *, subtract_mean: bool, epsilon: float) -> None:
+    mine = sum((Moments.of(row.per_token["advantages"], row.loss_mask) for row in rows), Moments())
+    of_ranks: list[Moments] = [Moments()] * dp.size()
+    dist.all_gather_object(of_ranks, mine, group=dp)
+    moments = sum(of_ranks, Moments())
+    for row in rows:
+        row.per_token["advantages"] = whiten(
+            row.per_token["advantages"], row.loss_mask, moments, subtract_mean=subtract_mean, epsilon=epsilon
+        )
+
+
+def gathered_sums(rows: Sequence[PackedRow], name: str, num_samples: int, dp: ProcessGroup) -> Tensor:
+    """[samples] float32: the sum of a per-token value over each completion's trained tokens, from all ranks."""
+    sums: dict[int, float] = {}
+    for row in rows:
+        of_row = sequence_sums(row.per_token[name], row.loss_mask, row.cu_seqlens).tolist()
+        sums |= dict(zip(row.sequence_ids, of_row, strict=False))  # the padding comes last and has no id
+    return _gathered(sums, num_samples, dp)
+
+
+def gathered_means(rows: Sequence[PackedRow], name: str, num_samples: int, dp: ProcessGroup) -> Tensor:
+    """As `gathered_sums`, of the mean."""
+    means: dict[int, float] = {}
+    for row in rows:
+        of_row = sequence_means(row.per_token[name], row.loss_mask, row.cu_seqlens).tolist()
+        means |= dict(zip(row.sequence_ids, of_row, strict=False))
+    return _gathered(means, num_samples, dp)
+
+
+def _gathered(mine: Mapping[int, float], num_samples: int, dp: ProcessGroup) -> Tensor:
+    of_ranks: list[Mapping[int, float]] = [{}] * dp.size()
+    dist.all_gather_object(of_ranks, mine, group=dp)
+    everyone = {i: value for of_rank in of_ranks for i, value in of_rank.items()}
+    return torch.tensor([everyone[i] for i in range(num_samples)], dtype=torch.float32)
