@@ -27,6 +27,7 @@ from megatron_rl.engine.step import forward_backward, forward_log_probs
 from megatron_rl.parallel.reductions import reduce_metrics
 from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective
+from megatron_rl.trainer.policy_losses import resolve_policy_loss
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
@@ -102,7 +103,14 @@ def _train(policy: Policy, micro_batch_tokens: int, kind: str) -> list[dict[str,
         if kind == "sft":
             objective = SupervisedObjective(algorithm, batch.counts, token_sum_norm=16.0)
         else:
-            objective = PolicyGradientObjective(algorithm, batch.counts, token_sum_norm=16.0, on_policy=False)
+            objective = PolicyGradientObjective(
+                algorithm,
+                batch.counts,
+                token_sum_norm=16.0,
+                policy_loss=resolve_policy_loss(algorithm.policy_loss),
+                on_policy=False,
+                kl_coefficient=algorithm.kl.coefficient,
+            )
         optimizer.zero_grad()
         metrics = forward_backward(policy, batch.rows, objective, temperature=0.8)
         update = optimizer.step()

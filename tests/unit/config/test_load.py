@@ -64,9 +64,9 @@ def test_relative_paths_of_data_stay_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("optimizer: {lrr: 1}", "a.yaml: optimizer.lrr: unknown key; did you mean optimizer.lr?"),
+        ("optimizer: {lrr: 1}", "a.yaml: optimizer.lrr: unknown key; did you mean optimizer.lr or algorithm.critic.optimizer.lr?"),
         ("optimzer: {lr: 1}", "a.yaml: optimzer: unknown key; did you mean optimizer?"),
-        ("lr: 1", "a.yaml: lr: unknown key; did you mean optimizer.lr?"),
+        ("lr: 1", "a.yaml: lr: unknown key; did you mean optimizer.lr or algorithm.critic.optimizer.lr?"),
         (
             "rewards: {functions: [{name: a, wieght: 1}]}",
             "a.yaml: rewards.functions[0].wieght: unknown key; did you mean rewards.functions[0].weight?",
@@ -78,7 +78,7 @@ def test_relative_paths_of_data_stay_as_they_are(tmp_path: Path) -> None:
         ("train: {num_steps: null}", "a.yaml: train.num_steps: given null, allowed: an integer"),
         ("sync: {verify: 1}", "a.yaml: sync.verify: given 1, allowed: true or false"),
         ("output_dir: 3", "a.yaml: output_dir: given 3, allowed: a string"),
-        ("recipe: grpo", "a.yaml: recipe: given 'grpo', allowed: rl, sft"),
+        ("recipe: grpo", "a.yaml: recipe: given 'grpo', allowed: rl, sft, preference, reward_model"),
         ("optimizer: 3", "a.yaml: optimizer: given 3, allowed: a section of keys"),
         ("rewards: {functions: {name: a}}", "a.yaml: rewards.functions: given {'name': 'a'}, allowed: a list"),
         ("rollout: {sampling: {stop: a}}", "a.yaml: rollout.sampling.stop: given 'a', allowed: a list"),
@@ -100,7 +100,7 @@ def test_a_mistake_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, te
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.lrr=1", "override 'optimizer.lrr=1': optimizer.lrr: unknown key; did you mean optimizer.lr?"),
+        ("optimizer.lrr=1", "override 'optimizer.lrr=1': optimizer.lrr: unknown key; did you mean optimizer.lr or algorithm.critic.optimizer.lr?"),
         ("seed=abc", "override 'seed=abc': seed: given 'abc', allowed: an integer"),
         ("optimizer.lr.x=1", "override 'optimizer.lr.x=1': optimizer.lr: given {'x': 1}, allowed: a number"),
         ("seed", "override 'seed': given no dotted.key=value"),

@@ -19,6 +19,7 @@ from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.trainer.minibatch import MiniBatch, spread
 from megatron_rl.trainer.objectives import PolicyGradientObjective
+from megatron_rl.trainer.policy_losses import resolve_policy_loss
 
 NORM = 5.0
 
@@ -88,7 +89,14 @@ def train_on(
         for r in range(num_ranks)
     ]
     for batch in batches:
-        objective = PolicyGradientObjective(algorithm, batch.counts, NORM, on_policy=False)
+        objective = PolicyGradientObjective(
+            algorithm,
+            batch.counts,
+            NORM,
+            policy_loss=resolve_policy_loss(algorithm.policy_loss),
+            on_policy=False,
+            kl_coefficient=algorithm.kl.coefficient,
+        )
         for row in batch.rows:
             log_probs = row.per_token["now"].clone().requires_grad_()
             loss, of_row = objective(log_probs, row.per_token["entropy"], row)
