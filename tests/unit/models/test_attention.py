@@ -1,6 +1,7 @@
 """Packed attention against each sequence alone, in float64, values and gradients."""
 
 from itertools import accumulate, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 
+from megatron_rl.config.errors import UserError
 from megatron_rl.models.attention import PortableAttention, _PaddedBatches
 
 HEADS, CHANNELS = 4, 8
@@ -16,9 +18,19 @@ HEADS, CHANNELS = 4, 8
 FLOAT32 = {"rtol": 1e-5, "atol": 2e-6}
 
 
-def make_attention(softmax_scale: float | None = None) -> PortableAttention:
-    config = TransformerConfig(num_layers=1, hidden_size=HEADS * CHANNELS, num_attention_heads=HEADS)
-    return PortableAttention(config, layer_number=1, softmax_scale=softmax_scale).eval()
+def make_attention(
+    softmax_scale: float | None = None, *, layer_number: int = 1, v_channels: int | None = None, **fields: Any
+) -> PortableAttention:
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=HEADS * CHANNELS,
+        num_attention_heads=HEADS,
+        use_cpu_initialization=True,
+        **{"attention_dropout": 0.0} | fields,
+    )
+    return PortableAttention(
+        config, layer_number=layer_number, softmax_scale=softmax_scale, k_channels=CHANNELS, v_channels=v_channels
+    ).eval()
 
 
 def packed(lengths: list[int]) -> PackedSeqParams:
@@ -31,15 +43,22 @@ def draw(num_tokens: int, num_groups: int) -> list[torch.Tensor]:
     return [torch.randn(num_tokens, heads, CHANNELS, generator=generator) for heads in (HEADS, num_groups, num_groups)]
 
 
-def softmax_attention(query, key, value, lengths, scale):
-    """softmax(scale q k^T + causal mask) v of each sequence and head; query head h reads group h * groups / heads."""
-    out = torch.zeros_like(query)
+def softmax_attention(query, key, value, lengths, scale, *, sliding_window=10**6, sinks=None):
+    """softmax(scale q k^T + causal mask) v of each sequence and head; query head h reads group h * groups / heads.
+
+    A token sees `sliding_window` tokens, itself among them; a sink is a logit that takes its part of the softmax.
+    """
+    out = torch.zeros(*query.shape[:2], value.shape[2], dtype=query.dtype)
     for start, stop in pairwise([0, *accumulate(lengths)]):
-        future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+        ones = torch.ones(stop - start, stop - start, dtype=torch.bool)
+        future = ones.triu(1) | ones.tril(-sliding_window)
         for head in range(HEADS):
             group = head * key.shape[1] // HEADS
             scores = scale * query[start:stop, head] @ key[start:stop, group].T
-            out[start:stop, head] = scores.masked_fill(future, -torch.inf).softmax(-1) @ value[start:stop, group]
+            scores = scores.masked_fill(future, -torch.inf)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head].expand(stop - start, 1)], dim=1)
+            out[start:stop, head] = scores.softmax(-1)[:, : stop - start] @ value[start:stop, group]
     return out.flatten(1)
 
 
@@ -57,6 +76,65 @@ def test_packed_rows_against_softmax_attention_of_each_sequence(num_groups, leng
     torch.testing.assert_close(out.detach().double(), expected.detach(), **FLOAT32)
     for tensor, reference in zip(inputs, exact, strict=True):
         torch.testing.assert_close(tensor.grad.double(), reference.grad, **FLOAT32)
+
+
+@pytest.mark.parametrize("v_channels", [5, CHANNELS, 12])
+@pytest.mark.parametrize("sliding_window", [None, 1, 4])
+@pytest.mark.parametrize("sinks", ["vanilla", "off-by-one", "learnable"])
+def test_windows_sinks_and_channels_of_their_own(v_channels, sliding_window, sinks):
+    """Mistral's window, GPT-OSS' sinks, and DeepSeek's values of other channels than the keys."""
+    lengths = [3, 9, 1, 6]
+    window = None if sliding_window is None else (sliding_window - 1, 0)
+    attention = make_attention(v_channels=v_channels, window_size=window, softmax_type=sinks)
+    query, key, _ = draw(sum(lengths), 2)
+    value = torch.randn(sum(lengths), 2, v_channels, generator=torch.Generator().manual_seed(5))
+    offsets = torch.tensor([0.5, -1.0, 2.0, 0.0]) if sinks == "learnable" else torch.zeros(HEADS)
+    if sinks == "learnable":
+        attention.softmax_offset.data.copy_(offsets)
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (*inputs, offsets)]
+    upstream = torch.linspace(-1, 1, sum(lengths) * HEADS * v_channels).view(sum(lengths), -1)
+    out = attention(*inputs, packed_seq_params=packed(lengths))
+    out.backward(upstream)
+    expected = softmax_attention(
+        *exact[:3],
+        lengths,
+        CHANNELS**-0.5,
+        sliding_window=sliding_window or 10**6,
+        sinks=None if sinks == "vanilla" else exact[3],
+    )
+    expected.backward(upstream.double())
+    torch.testing.assert_close(out.detach().double(), expected.detach(), **FLOAT32)
+    for tensor, reference in zip(inputs, exact, strict=False):
+        torch.testing.assert_close(tensor.grad.double(), reference.grad, **FLOAT32)
+    if sinks == "learnable":
+        torch.testing.assert_close(attention.softmax_offset.grad.double(), exact[3].grad, **FLOAT32)
+
+
+def test_windows_of_some_layers():
+    """window_attn_skip_freq=2: every second layer sees everything, the second among them."""
+    row, params = draw(9, 2), packed([9])
+    fields = {"window_size": (2, 0), "window_attn_skip_freq": 2}
+    first, second = (make_attention(layer_number=number, **fields) for number in (1, 2))
+    expected = make_attention()(*row, packed_seq_params=params)
+    torch.testing.assert_close(second(*row, packed_seq_params=params), expected, **FLOAT32)
+    windowed = first(*row, packed_seq_params=params)
+    torch.testing.assert_close(windowed[:3], expected[:3], **FLOAT32)
+    assert (windowed[3:] - expected[3:]).abs().amax(1).min() > 1e-3
+
+
+def test_windows_of_padded_batches():
+    attention = make_attention(window_size=(2, 0))
+    row = draw(10, 2)
+    batch = [torch.stack([tensor[:5], tensor[5:]], dim=1) for tensor in row]
+    expected = attention(*row, packed_seq_params=packed([5, 5]))
+    out = attention(*batch)
+    torch.testing.assert_close(torch.cat([out[:, 0], out[:, 1]]), expected, **FLOAT32)
+
+
+def test_dropout_needs_plain_attention():
+    with pytest.raises(UserError, match=r"attention_dropout: given 0\.1, allowed: 0 with"):
+        make_attention(window_size=(2, 0), attention_dropout=0.1)
 
 
 def test_padded_batches_give_what_packed_rows_give():
