@@ -248,8 +248,6 @@ def _check_layout(config: Config, world_size: int | None) -> None:
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         _refuse("parallel.sequence_parallel", True, "true only with parallel.tensor_model_parallel_size > 1")
-    if parallel.context_parallel_size > 1:
-        _refuse("parallel.context_parallel_size", parallel.context_parallel_size, "1")
     vpp = parallel.virtual_pipeline_model_parallel_size
     if vpp is not None and parallel.pipeline_model_parallel_size == 1:
         _refuse("parallel.virtual_pipeline_model_parallel_size", vpp, "null without pipeline_model_parallel_size > 1")

@@ -2,18 +2,17 @@
 
 The loss contract: `loss_fn` returns a loss that is already divided by counts over the global batch, so gradients are
 plain sums over micro-batches and ranks. Core is told so by `calculate_per_token_loss` and a token count that it never
-divides by.
+divides by. Context-parallel ranks each compute the loss of whole rows, from log-probs gathered over them; backward,
+each takes the gradient of its own tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -21,6 +20,8 @@ from megatron_rl.algorithms.metrics import Metric, combine
 from megatron_rl.data.packing import PackedRow
 from megatron_rl.device import this_device
 from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.row_part import RowPart
+from megatron_rl.parallel.groups import Groups
 
 NON_FINITE_LOSSES = "optim/non_finite_losses"
 """Metric: rows whose loss was nan or infinite."""
@@ -29,31 +30,24 @@ LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
 """(log_probs [T], entropy [T], row) -> (loss, metrics) for a policy; (values [T], row) for a scalar model."""
 
 
-def _packed_seq_params(row: PackedRow) -> PackedSeqParams:
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=row.cu_seqlens,
-        cu_seqlens_kv=row.cu_seqlens,
-        max_seqlen_q=row.max_seqlen,
-        max_seqlen_kv=row.max_seqlen,
-    )
-
-
-def _forward_step(rows: Iterator[PackedRow], model: torch.nn.Module, *, loss_fn: LossFunction | None) -> Any:
-    row = next(rows)
+def _forward_step(
+    parts: Iterator[RowPart], model: torch.nn.Module, *, loss_fn: LossFunction | None, groups: Groups
+) -> Any:
+    part = next(parts)
     output = model(
-        input_ids=row.tokens[None],
-        position_ids=row.position_ids[None],
+        input_ids=part.tokens[None],
+        position_ids=part.position_ids[None],
         attention_mask=None,
-        labels=row.labels[None],
-        packed_seq_params=_packed_seq_params(row),
+        labels=part.labels[None],
+        packed_seq_params=part.packed_seq_params,
     )
 
-    def loss(output: tuple[Tensor, Tensor], non_loss_data: bool = False) -> Any:
+    def loss(output: tuple[Tensor, ...], non_loss_data: bool = False) -> Any:
+        whole = tuple(part.joined(one, groups) for one in output)
         if non_loss_data:
-            return output
+            return whole
         assert loss_fn is not None
-        value, metrics = loss_fn(*output, row)
+        value, metrics = loss_fn(*whole, part.row)
         # A token that is not finite has gradient 0 in some objectives, so the loss itself must be looked at.
         metrics = metrics | {NON_FINITE_LOSSES: Metric("sum", float(not torch.isfinite(value.detach())))}
         # A count of 0 tokens: core adds the counts up and divides by none.
@@ -62,25 +56,21 @@ def _forward_step(rows: Iterator[PackedRow], model: torch.nn.Module, *, loss_fn:
     return output, loss
 
 
-def _on_device(row: PackedRow) -> PackedRow:
-    tensors: Any = {name: value.to(this_device()) for name, value in vars(row).items() if isinstance(value, Tensor)}
-    return replace(row, **tensors, per_token={name: value.to(this_device()) for name, value in row.per_token.items()})
-
-
 def _finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     finalize_model_grads(model, None, **kwargs)
 
 
 def _run(policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction | None, *, forward_only: bool) -> list[Any]:
     policy.config.finalize_model_grads_func = _finalize
-    rows = [_on_device(row) for row in rows]
+    multiple = policy.groups.tp.size() if policy.config.sequence_parallel else 1
+    parts = [RowPart.of(row, policy.groups, multiple=multiple) for row in rows]
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, loss_fn=loss_fn),
-        data_iterator=[iter(rows) for _ in policy.chunks] if len(policy.chunks) > 1 else iter(rows),
+        forward_step_func=partial(_forward_step, loss_fn=loss_fn, groups=policy.groups),
+        data_iterator=[iter(parts) for _ in policy.chunks] if len(policy.chunks) > 1 else iter(parts),
         model=policy.chunks,
-        num_microbatches=len(rows),
+        num_microbatches=len(parts),
         # With variable_seq_lengths pipeline stages tell each other the true length of each row.
-        seq_length=max(len(row.tokens) for row in rows),
+        seq_length=max(len(part.tokens) for part in parts),
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,

@@ -217,8 +217,8 @@ class PortableAttention(MegatronModule):
             return self._attend(*(x.transpose(0, 1) for x in (query, key, value))).transpose(0, 1).flatten(2)
         length, batch = query.shape[:2]
         intervals = _Intervals.of(torch.arange(batch + 1) * length, self.window, None)
-        rows = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-        out = self._attend_intervals(*rows, intervals)
+        query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+        out = self._attend_intervals(query, key, value, intervals)
         return out.unflatten(0, (batch, length)).transpose(0, 1).flatten(2)
 
     def sharded_state_dict(

@@ -28,9 +28,11 @@ def rank_places(cu_seqlens: Tensor, size: int, rank: int) -> Tensor:
     """[T / size] int64: the places of the padded row that a rank holds, in the order in which it holds them.
 
     Args:
-        cu_seqlens: [S + 1], bounds of the padded sequences, each a multiple of 2 * size long.
+        cu_seqlens: [S + 1], bounds of the padded sequences, each a multiple of 2 * size long, or any on one rank.
         size, rank: of the context-parallel group.
     """
+    if size == 1:
+        return torch.arange(int(cu_seqlens[-1]))
     pieces = []
     for start, stop in pairwise(cu_seqlens.tolist()):
         chunk = (stop - start) // (2 * size)
@@ -74,7 +76,7 @@ class ContextSplit:
             multiple: a rank's part is a multiple of this long, as sequence parallelism asks for.
         """
         bounds = cu_seqlens.tolist()
-        unit = 2 * size
+        unit = 2 * size if size > 1 else 1
         lengths = [stop - start for start, stop in pairwise(bounds)]
         padded = [-(-length // unit) * unit for length in lengths]
         missing = 0

@@ -80,11 +80,12 @@ def _by_token(block: Tensor, tokens: int) -> Tensor:
     return block.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _scores(query: Tensor, key: Tensor, first: Tensor, last: Tensor, keys: slice, scale: float) -> Tensor:
+def _scores(query: Tensor, key: Tensor, seen: tuple[Tensor, Tensor], keys: slice, scale: float) -> Tensor:
     """[groups, B * heads/groups, K] with -inf where a key is out of sight."""
     places = torch.arange(keys.start, keys.stop, device=query.device)
+    first, last = seen
     hidden = (places < first[:, None]) | (places > last[:, None])
-    scores = torch.bmm(query, key.transpose(1, 2)).mul_(scale)
+    scores: Tensor = torch.bmm(query, key.transpose(1, 2)).mul_(scale)
     heads = query.shape[1] // len(first)
     scores.unflatten(1, (len(first), heads)).masked_fill_(hidden[:, None], -torch.inf)
     return scores
@@ -107,8 +108,8 @@ class _IntervalAttention(torch.autograd.Function):
         log_sums = _by_group(query[..., :1], groups)[..., 0].new_empty(query.shape[:2])
         for queries, keys in _blocks(first, last, query.shape[1]):
             k, v = _by_group(key[keys], groups), _by_group(value[keys], groups)
-            seen = [bound[queries].to(query.device) for bound in (first, last)]
-            scores = _scores(_by_group(query[queries], groups), k, *seen, keys, scale)
+            seen = first[queries].to(query.device), last[queries].to(query.device)
+            scores = _scores(_by_group(query[queries], groups), k, seen, keys, scale)
             maximum = scores.amax(-1, keepdim=True)
             of_sink = None if sinks is None else _of_block(sinks, groups, len(seen[0])).to(scores.dtype)
             if of_sink is not None:
@@ -134,9 +135,9 @@ class _IntervalAttention(torch.autograd.Function):
         deltas = (out.to(log_sums.dtype) * grad.to(log_sums.dtype)).sum(-1)
         for queries, keys in _blocks(first, last, query.shape[1]):
             q, k, v, upstream = (_by_group(x, groups) for x in (query[queries], key[keys], value[keys], grad[queries]))
-            seen = [bound[queries].to(query.device) for bound in (first, last)]
+            seen = first[queries].to(query.device), last[queries].to(query.device)
             log_sum, delta = (_by_group(x[queries][..., None], groups) for x in (log_sums, deltas))
-            p = _scores(q, k, *seen, keys, ctx.scale).sub_(log_sum).exp_()
+            p = _scores(q, k, seen, keys, ctx.scale).sub_(log_sum).exp_()
             grad_value[keys] += torch.bmm(p.transpose(1, 2), upstream).transpose(0, 1)
             of_scores = torch.bmm(upstream, v.transpose(1, 2)).sub_(delta).mul_(p).mul_(ctx.scale)
             grad_key[keys] += torch.bmm(of_scores.transpose(1, 2), q).transpose(0, 1)

@@ -36,6 +36,7 @@ def reference(checkpoint: Path) -> dict[str, list[dict[str, float]]]:
         ("tp2_sp", SMALL, FULL_RECOMPUTE),
         ("pp2", SMALL, {}),
         ("dp2", SMALL, {}),
+        ("cp2", SMALL, {}),
         ("tp2_pp2", SMALL, {}),
     ],
 )

@@ -35,6 +35,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "dp2": (2, {}),
+    "cp2": (2, {"context_parallel_size": 2}),
     "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
 }
 """Name -> (number of ranks, ParallelConfig)."""
@@ -97,7 +98,7 @@ def _train(policy: Policy, micro_batch_tokens: int, kind: str) -> list[dict[str,
             range(step, len(sequences)),  # a batch of another size each step
             policy.groups,
             micro_batch_tokens=micro_batch_tokens,
-            pad_to_multiple=2,
+            pad_to_multiple=1,
             num_rows_multiple=policy.groups.pp.size(),
         )
         if kind == "sft":

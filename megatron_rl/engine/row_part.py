@@ -1,0 +1,78 @@
+"""What of a packed row a rank computes: all of it, or its context-parallel part.
+
+A row is the same on all ranks of a replica, and knows nothing of the layout. Here it is cut, and filled up where the
+layout asks for it; what the model gives for the parts is joined again, in the order of the row and without the filling.
+So losses see whole rows at any layout.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_rl.data.packing import PackedRow
+from megatron_rl.device import this_device
+from megatron_rl.parallel.context_parallel import ContextSplit, gather_outputs
+from megatron_rl.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """A row, and this rank's P slots of it; on this rank's device."""
+
+    row: PackedRow
+    """The whole row of T tokens."""
+    tokens: Tensor
+    """[P]."""
+    labels: Tensor
+    """[P]; decided on the whole row, so that no rank needs its neighbour's first token."""
+    position_ids: Tensor
+    """[P]."""
+    packed_seq_params: PackedSeqParams
+    """Bounds of the sequences, as attention and rotary embedding take them: of the whole row, filled up."""
+    is_padding: Tensor | None
+    """[P] bool: slots of the filling; None: there is none."""
+    restore: Tensor | None
+    """[T]: where each token is when the ranks' parts are joined; None: the part is the row."""
+
+    @staticmethod
+    def of(row: PackedRow, groups: Groups, *, multiple: int) -> "RowPart":
+        """This rank's part, a multiple of `multiple` tokens long."""
+        size = groups.cp.size()
+        tensors: Any = {name: value.to(this_device()) for name, value in vars(row).items() if isinstance(value, Tensor)}
+        per_token = {name: value.to(this_device()) for name, value in row.per_token.items()}
+        moved = replace(row, **tensors, per_token=per_token)
+        if size == 1 and len(row.tokens) % multiple == 0:
+            params = _packed_seq_params(moved.cu_seqlens, row.max_seqlen)
+            return RowPart(moved, moved.tokens, moved.labels, moved.position_ids, params, None, None)
+        split = ContextSplit.of(row.cu_seqlens, size=size, rank=groups.cp.rank(), multiple=multiple)
+        slots = split.tokens.to(this_device())
+        return RowPart(
+            row=moved,
+            tokens=moved.tokens[slots],
+            labels=moved.labels[slots],
+            position_ids=split.position_ids.to(this_device()),
+            packed_seq_params=_packed_seq_params(split.cu_seqlens.to(this_device()), split.max_seqlen),
+            is_padding=split.is_padding.to(this_device()),
+            restore=split.restore.to(this_device()),
+        )
+
+    def joined(self, output: Tensor, groups: Groups) -> Tensor:
+        """[P] of every rank -> [T], the row's, on every rank. Collective over groups.cp; differentiable."""
+        if self.restore is None:
+            return output
+        whole = gather_outputs(output, groups.cp) if groups.cp.size() > 1 else output
+        return whole.index_select(0, self.restore)
+
+
+def _packed_seq_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
