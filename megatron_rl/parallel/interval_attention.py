@@ -77,7 +77,8 @@ def _by_group(block: Tensor, groups: int) -> Tensor:
 
 def _by_token(block: Tensor, tokens: int) -> Tensor:
     """Inverse of `_by_group`: [groups, B * heads/groups, channels] -> [B, heads, channels]."""
-    return block.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)
+    out: Tensor = block.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)
+    return out
 
 
 def _scores(query: Tensor, key: Tensor, seen: tuple[Tensor, Tensor], keys: slice, scale: float) -> Tensor:
