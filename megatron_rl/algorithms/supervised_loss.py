@@ -63,5 +63,5 @@ def focal_loss(log_probs: Tensor, *, gamma: float, alpha: float = 1.0) -> Tensor
     if gamma == 0:
         return nan_where_not(finite, -alpha * log_probs)
     # 1 - p by expm1 keeps its digits near p = 1. At p = 1 itself the derivative of a power below 1 would be infinite.
-    missing = (-torch.expm1(log_probs)).clamp(min=torch.finfo(log_probs.dtype).tiny)
+    missing = (-torch.expm1(log_probs.clamp(max=0))).clamp(min=torch.finfo(log_probs.dtype).tiny)
     return nan_where_not(finite, -alpha * missing.pow(gamma) * log_probs)
