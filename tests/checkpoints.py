@@ -50,12 +50,84 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "tie_word_embeddings": False}
+# The one shape of latents that vLLM's CPU build computes.
+_LATENTS = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+}
+_DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "scoring_func": "sigmoid",  # two fields of the released checkpoints that transformers leaves out and vLLM needs
+    "topk_method": "noaux_tc",
+    "routed_scaling_factor": 2.5,
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {
+        **_EXPERTS,
+        **_LATENTS,
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "topk_method": "greedy",
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": {
+        **_EXPERTS,
+        **_LATENTS,
+        **_DEEPSEEK_V3,
+        "q_lora_rank": 48,
+        "n_group": 4,
+        "topk_group": 2,
+        "rope_parameters": {**_YARN, "mscale": 0.7, "mscale_all_dim": 1.0},
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 32,
+        "sliding_window": 8,
+        "tie_word_embeddings": False,
+        "rope_parameters": {**_YARN, "truncate": False},
+    },
     "llama": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": _LLAMA3_ROPE},
+    "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": 8},
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
+    "moonlight": {**_EXPERTS, **_LATENTS, **_DEEPSEEK_V3, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "nemotron": {
+        "model_type": "nemotron",
+        "norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "tie_word_embeddings": False,
+    },
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "hidden_size": 96, "head_dim": 32},
     "qwen3_untied": {"model_type": "qwen3", "tie_word_embeddings": False, "hidden_size": 96, "head_dim": 32},
+    "qwen3_moe": {**_EXPERTS, "model_type": "qwen3_moe", "num_experts": 4, "head_dim": 32, "norm_topk_prob": True},
 }
 
 
@@ -108,11 +180,16 @@ def make_classifier(folder: Path | str, family: str, seed: int, *, per_token: bo
 def draw_weights(model: torch.nn.Module, seed: int) -> None:
     """Redraws every parameter in place; logits come out with a standard deviation of about 2."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    stacks_are_transposed = model.config.model_type == "gpt_oss"
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    for name, parameter in (*model.named_parameters(), *buffers):
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() == 1:
-            parameter.copy_(0.1 * noise if name.endswith("bias") else 1.0 + 0.1 * noise)
+        if name.endswith("bias"):
+            parameter.copy_(0.1 * noise)
+        elif parameter.dim() == 1:
+            parameter.copy_(1.0 + 0.1 * noise)
         else:
+            fan_in = parameter.shape[1 if stacks_are_transposed and parameter.dim() == 3 else -1]
             # Norms keep activations at about 1 per element and fan_in^-1/2 keeps the products there. Twice that spreads
             # the logits, and lets layers outweigh the embedding, which in a tied model only predicts the last token.
-            parameter.copy_(2.0 * parameter.shape[1] ** -0.5 * noise)
+            parameter.copy_(2.0 * fan_in**-0.5 * noise)

@@ -14,7 +14,18 @@ from typing import Any
 
 from megatron_rl.config.errors import ConfigError
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED_ARCHITECTURES = (
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "GptOssForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "NemotronForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """What config.json calls the number of routed experts: Qwen3-MoE, Mixtral and GPT-OSS, DeepSeek."""
 _INDEX = "model.safetensors.index.json"

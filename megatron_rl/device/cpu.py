@@ -54,7 +54,7 @@ class _HostStream:
         pass
 
     def record_event(self, event: Any = None) -> Any:
-        return event
+        return _HostEvent() if event is None else event
 
     def synchronize(self) -> None:
         pass
@@ -149,6 +149,18 @@ def _answer_tensor_type() -> None:
     torch.Tensor.type = tensor_type  # type: ignore[assignment,method-assign]
 
 
+def _answer_token_dispatcher() -> None:
+    """The counts of tokens that experts exchange come as numpy arrays only from a GPU; the exchange needs them so."""
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    original = dispatcher.maybe_move_tensor_to_cpu
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = original(tensor, as_numpy=as_numpy, record_stream=record_stream)
+        return moved.numpy() if as_numpy and isinstance(moved, torch.Tensor) else moved
+
+    dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
 def prepare_megatron_for_cpu() -> None:
     """Make Megatron-Core run on CPU tensors and gloo in this process. Called once, on import of the room."""
     _answer_torch_cuda()
@@ -161,6 +173,7 @@ def prepare_megatron_for_cpu() -> None:
         for name in _MODULES_WITH_CUDA_LITERALS:
             module: Any = importlib.import_module(f"megatron.core.{name}")
             module.torch = host_torch
+        _answer_token_dispatcher()
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     # Core reports "CPU RNG state changed within GPU RNG context" at every fork; here the two are one by design.

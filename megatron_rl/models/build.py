@@ -11,20 +11,19 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.device import HAS_CUDA, this_device
-from megatron_rl.models.attention import PortableAttention
 from megatron_rl.models.families import family_of
-from megatron_rl.models.norm import PortableNorm
-from megatron_rl.models.rotary import inverse_frequencies, rope_parameters
+from megatron_rl.models.layers import decoder_layers
+from megatron_rl.models.rotary import inverse_frequencies, rope_parameters, yarn_attributes
 from megatron_rl.models.tensor_map import padded_vocabulary_size
+
+_ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu, "squared_relu": squared_relu}
 
 
 def known_arguments(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dic
         bf16=dtype is torch.bfloat16,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        activation_func=torch.nn.functional.silu,
+        activation_func="silu",
         use_cpu_initialization=not HAS_CUDA,
         perform_initialization=True,
         # The rows of a step differ in length, so pipeline stages tell each other the shape.
@@ -89,30 +88,15 @@ def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dic
         batch_p2p_comm=chunks is None,
         batch_p2p_sync=HAS_CUDA,
     )
-    return TransformerConfig(
-        **known_arguments(TransformerConfig, fields | family_of(hf).transformer_fields(hf) | overrides)
-    )
-
-
-def portable_layers(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Core's local layers with our norm and attention: no Transformer Engine, with sequence parallelism and packing."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = PortableNorm
-    attention = layer.self_attention.submodules
-    attention.core_attention = PortableAttention
-    if attention.q_layernorm is not IdentityOp:
-        attention.q_layernorm = attention.k_layernorm = PortableNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage), layer_norm=PortableNorm
-    )
-
-
-def transformer_engine_layers(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec:
-    """Transformer Engine's fused layers."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    fields |= family_of(hf).transformer_fields(hf) | overrides
+    fields["activation_func"] = _ACTIVATIONS[fields["activation_func"]]
+    kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
+    config = kind(**known_arguments(kind, fields))
+    rope = rope_parameters(hf)
+    if rope["rope_type"] == "yarn":
+        for name, value in yarn_attributes(rope).items():
+            setattr(config, name, value)
+    return config
 
 
 def build_gpt_model(
@@ -139,9 +123,7 @@ def build_gpt_model(
     """
     arguments = dict(
         config=config,
-        transformer_layer_spec=(transformer_engine_layers if use_transformer_engine else portable_layers)(
-            config, vp_stage
-        ),
+        transformer_layer_spec=decoder_layers(config, use_transformer_engine=use_transformer_engine, vp_stage=vp_stage),
         vocab_size=padded_vocabulary_size(hf["vocab_size"], config.tensor_model_parallel_size),
         pre_process=pre_process,
         post_process=post_process,
@@ -150,5 +132,18 @@ def build_gpt_model(
         **family_of(hf).gpt_fields(hf),
     )
     model = GPTModel(**known_arguments(GPTModel.__init__, arguments))
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(config.kv_channels, rope_parameters(hf)).to(this_device())
+    _set_rotary_frequencies(model, rope_parameters(hf))
     return model.cuda() if HAS_CUDA else model
+
+
+def _set_rotary_frequencies(model: GPTModel, rope: dict[str, Any]) -> None:
+    """Replace core's frequencies, but for YaRN, which core computes from the same parameters."""
+    if rope["rope_type"] == "yarn":
+        return
+    if not model.config.multi_latent_attention:
+        channels = int(model.config.kv_channels * rope.get("partial_rotary_factor", 1.0))
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(channels, rope).to(this_device())
+        return
+    for layer in model.decoder.layers:
+        channels = model.config.qk_pos_emb_head_dim
+        layer.self_attention.rotary_pos_emb.inv_freq = inverse_frequencies(channels, rope).to(this_device())

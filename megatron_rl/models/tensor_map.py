@@ -79,9 +79,9 @@ class TensorMap:
         return None if self.expert is None else self.expert // (self.num_experts // expert_parallel_size)
 
 
-def replicated(name: str, hf_name: str, shape: tuple[int, ...]) -> TensorMap:
-    """Held whole by every rank: norms."""
-    return TensorMap(name, {hf_name: shape}, 0, True, lambda rank, size: [Run(hf_name, 0, shape[0])])
+def replicated(name: str, hf_name: str, shape: tuple[int, ...], *, float32: bool = False) -> TensorMap:
+    """Held whole by every rank: norms, routers, projections down to a latent."""
+    return TensorMap(name, {hf_name: shape}, 0, True, lambda rank, size: [Run(hf_name, 0, shape[0])], float32=float32)
 
 
 def split(name: str, hf_name: str, shape: tuple[int, ...], *, dim: int) -> TensorMap:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,29 +10,49 @@ from megatron_rl.models.tensor_map import TensorMap
 
 # Transformer Engine fuses each norm into the linear layer after it; the tables use the unfused names.
 _FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_qkv": "input_layernorm",
+    "self_attention.linear_q_up_proj": "self_attention.q_layernorm",
+    "self_attention.linear_kv_up_proj": "self_attention.kv_layernorm",
+    "mlp.linear_fc1": "pre_mlp_layernorm",
 }
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
+_FUSED_NORM = re.compile(r"^(.*)\.layer_norm_(weight|bias)$")
+_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.*)$")
+_GROUPED_EXPERT = re.compile(r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
+_BUFFERS = (".router.expert_bias",)
+"""Buffers that are weights of the Hugging Face checkpoint."""
 
 
 def local_parameters(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Parameters of this rank's model chunks (unwrapped GPTModels) by table name.
+    """Weights of this rank's model chunks (unwrapped GPTModels) by table name: parameters, and buffers like them.
 
-    Layers are numbered over the whole model. The copy of a tied embedding that a last pipeline stage keeps as its
-    output layer is left out: it is the first stage's parameter.
+    Layers are numbered over the whole model, experts over their whole layer. The copy of a tied embedding that a last
+    pipeline stage keeps as its output layer is left out: it is the first stage's parameter.
     """
     parameters: dict[str, Tensor] = {}
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
+        weights = [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(_BUFFERS)]
+        for name, parameter in (*chunk.named_parameters(), *weights):
             match = _LAYER.match(name)
             if match:
-                layer = chunk.decoder.layers[int(match[1])].layer_number - 1  # type: ignore[union-attr,index]
-                name = f"decoder.layers.{layer}.{_FUSED_NORMS.get(match[2], match[2])}"
+                layer: Any = chunk.decoder.layers[int(match[1])]  # type: ignore[union-attr,index]
+                name = f"decoder.layers.{layer.layer_number - 1}.{_name_in_layer(match[2], layer)}"
             elif name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
                 continue
             parameters[name] = parameter
     return parameters
+
+
+def _name_in_layer(name: str, layer: Any) -> str:
+    """The table's name of a parameter of `layer`, given core's."""
+    if fused := _FUSED_NORM.match(name):
+        return f"{_FUSED_NORMS[fused[1]]}.{fused[2]}"
+    if grouped := _GROUPED_EXPERT.match(name):
+        name = f"mlp.experts.local_experts.{grouped[3]}.{grouped[1]}.{grouped[2]}"
+    if expert := _EXPERT.match(name):
+        first = layer.mlp.local_expert_indices[0]
+        return f"mlp.experts.local_experts.{first + int(expert[1])}.{expert[2]}"
+    return name
 
 
 def check_table(parameters: dict[str, Tensor], maps: Sequence[TensorMap], tp_rank: int, tp_size: int) -> None:

@@ -7,7 +7,18 @@ config.json as a dictionary.
 from typing import Any, Protocol
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.models.families import llama, qwen2, qwen3
+from megatron_rl.models.families import (
+    deepseek_v2,
+    deepseek_v3,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    nemotron,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_rl.models.tensor_map import TensorMap
 
 
@@ -17,7 +28,7 @@ class Family(Protocol):
     ARCHITECTURE: str
 
     def transformer_fields(self, hf: dict[str, Any]) -> dict[str, Any]:
-        """Fields of Megatron's TransformerConfig."""
+        """Fields of Megatron's TransformerConfig; `activation_func` by the name that `build` gives it."""
         ...
 
     def gpt_fields(self, hf: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +40,19 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: dict[str, Family] = {family.ARCHITECTURE: family for family in (llama, qwen2, qwen3)}
+_MODULES: tuple[Family, ...] = (
+    deepseek_v2,
+    deepseek_v3,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    nemotron,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
+FAMILIES: dict[str, Family] = {family.ARCHITECTURE: family for family in _MODULES}
 
 
 def family_of(hf: dict[str, Any]) -> Family:

@@ -1,0 +1,169 @@
+"""What the decoders of Hugging Face share, in parts that a family puts together.
+
+A decoder is an embedding, layers of norm, attention, norm and feed-forward part, a norm, and an output layer that may
+be the embedding again. `tensor_maps` walks it; a family passes the parts in which it differs, as functions of
+config.json and the layer's number. Here are grouped-query attention and the dense feed-forward parts; experts are in
+`experts`, latent attention is in `latent_attention`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from megatron_rl.config.errors import UserError
+from megatron_rl.models.rotary import rope_parameters
+from megatron_rl.models.tensor_map import TensorMap, gate_up, qkv, replicated, split, vocabulary
+
+PartOfLayer = Callable[[dict[str, Any], int], list[TensorMap]]
+"""(config.json, layer) -> the maps of one part of that layer."""
+
+
+def head_dim(hf: dict[str, Any]) -> int:
+    """Channels of one attention head."""
+    return int(hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"])
+
+
+def num_groups(hf: dict[str, Any]) -> int:
+    """Key-value heads."""
+    return int(hf.get("num_key_value_heads") or hf["num_attention_heads"])
+
+
+def refuse(hf: dict[str, Any], **allowed: Any) -> None:
+    """Raise UserError for an option that is set to another value than the allowed one (absent or null: not set)."""
+    for key, value in allowed.items():
+        if hf.get(key) is not None and hf[key] != value:
+            given, only = (str(x).lower() if isinstance(x, bool) else x for x in (hf[key], value))
+            architecture = hf["architectures"][0]
+            raise UserError(f"{key}: {given} in config.json of {architecture} is not supported; allowed: {only}")
+
+
+def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig of a decoder with RMSNorm, grouped-query attention and a gated MLP."""
+    return dict(
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        ffn_hidden_size=hf["intermediate_size"],
+        num_attention_heads=hf["num_attention_heads"],
+        num_query_groups=num_groups(hf),
+        kv_channels=head_dim(hf),
+        normalization="RMSNorm",
+        layernorm_epsilon=hf.get("rms_norm_eps", 1e-6),
+        gated_linear_unit=True,
+        add_bias_linear=False,
+    )
+
+
+def gpt_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of GPTModel that follow from config.json."""
+    rope = rope_parameters(hf)
+    return dict(
+        max_sequence_length=hf["max_position_embeddings"],
+        position_embedding_type="yarn" if rope["rope_type"] == "yarn" else "rope",
+        rotary_base=rope["rope_theta"],
+        rotary_percent=rope.get("partial_rotary_factor", 1.0),
+        share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
+    )
+
+
+def window_fields(hf: dict[str, Any], layer_types: list[str]) -> dict[str, Any]:
+    """TransformerConfig fields of attention to the last `sliding_window` tokens, the token itself among them.
+
+    Args:
+        hf: config.json.
+        layer_types: per layer, sliding_attention or full_attention.
+    """
+    return dict(
+        window_size=(hf["sliding_window"] - 1, 0),
+        window_attn_skip_freq=[int(kind == "sliding_attention") for kind in layer_types],
+    )
+
+
+def ours(layer: int) -> str:
+    """Prefix of a layer's names in Megatron."""
+    return f"decoder.layers.{layer}."
+
+
+def theirs(layer: int) -> str:
+    """Prefix of a layer's names in Hugging Face."""
+    return f"model.layers.{layer}."
+
+
+def norm(name: str, hf_name: str, size: int, *, bias: bool = False) -> list[TensorMap]:
+    """A norm's weight, and its bias if it has one."""
+    return [replicated(f"{name}.{x}", f"{hf_name}.{x}", (size,)) for x in ("weight", *(["bias"] if bias else []))]
+
+
+def attention(
+    hf: dict[str, Any], layer: int, *, qkv_bias: bool = False, output_bias: bool = False, qk_norm: bool = False
+) -> list[TensorMap]:
+    """Grouped-query attention."""
+    prefix, hf_prefix = f"{ours(layer)}self_attention.", f"{theirs(layer)}self_attn."
+    hidden, heads, channels = hf["hidden_size"], hf["num_attention_heads"], head_dim(hf)
+    q, k, v = (f"{hf_prefix}{part}_proj." for part in "qkv")
+    shape: dict[str, Any] = dict(num_heads=heads, num_groups=num_groups(hf), head_dim=channels)
+    maps = [qkv(f"{prefix}linear_qkv.weight", f"{q}weight", f"{k}weight", f"{v}weight", columns=(hidden,), **shape)]
+    if qkv_bias:
+        maps.append(qkv(f"{prefix}linear_qkv.bias", f"{q}bias", f"{k}bias", f"{v}bias", columns=(), **shape))
+    if qk_norm:
+        for x in "qk":
+            maps += norm(f"{prefix}{x}_layernorm", f"{hf_prefix}{x}_norm", channels)
+    maps.append(split(f"{prefix}linear_proj.weight", f"{hf_prefix}o_proj.weight", (hidden, heads * channels), dim=1))
+    if output_bias:
+        maps.append(replicated(f"{prefix}linear_proj.bias", f"{hf_prefix}o_proj.bias", (hidden,)))
+    return maps
+
+
+def gated(
+    prefix: str,
+    hf_prefix: str,
+    hidden: int,
+    ffn: int,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> list[TensorMap]:
+    """A gated MLP under two prefixes."""
+    gate, up, down = (f"{hf_prefix}{name}.weight" for name in names)
+    return [
+        gate_up(f"{prefix}linear_fc1.weight", gate, up, (ffn, hidden)),
+        split(f"{prefix}linear_fc2.weight", down, (hidden, ffn), dim=1),
+    ]
+
+
+def gated_mlp(hf: dict[str, Any], layer: int) -> list[TensorMap]:
+    """The dense feed-forward part of most families."""
+    return gated(f"{ours(layer)}mlp.", f"{theirs(layer)}mlp.", hf["hidden_size"], hf["intermediate_size"])
+
+
+def plain_mlp(hf: dict[str, Any], layer: int) -> list[TensorMap]:
+    """A feed-forward part without a gate."""
+    prefix, hf_prefix, hidden, ffn = (
+        f"{ours(layer)}mlp.",
+        f"{theirs(layer)}mlp.",
+        hf["hidden_size"],
+        hf["intermediate_size"],
+    )
+    return [
+        split(f"{prefix}linear_fc1.weight", f"{hf_prefix}up_proj.weight", (ffn, hidden), dim=0),
+        split(f"{prefix}linear_fc2.weight", f"{hf_prefix}down_proj.weight", (hidden, ffn), dim=1),
+    ]
+
+
+def tensor_maps(
+    hf: dict[str, Any],
+    *,
+    attention: PartOfLayer = attention,
+    feed_forward: PartOfLayer = gated_mlp,
+    norm_bias: bool = False,
+) -> list[TensorMap]:
+    """The table of a decoder, in the order of the layers."""
+    hidden = hf["hidden_size"]
+    normed = partial(norm, size=hidden, bias=norm_bias)
+    maps = [vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight", (hf["vocab_size"], hidden))]
+    for layer in range(hf["num_hidden_layers"]):
+        maps += normed(f"{ours(layer)}input_layernorm", f"{theirs(layer)}input_layernorm")
+        maps += attention(hf, layer)
+        maps += normed(f"{ours(layer)}pre_mlp_layernorm", f"{theirs(layer)}post_attention_layernorm")
+        maps += feed_forward(hf, layer)
+    maps += normed("decoder.final_layernorm", "model.norm")
+    if not hf.get("tie_word_embeddings", False):
+        maps.append(vocabulary("output_layer.weight", "lm_head.weight", (hf["vocab_size"], hidden)))
+    return maps
