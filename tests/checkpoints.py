@@ -131,6 +131,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+PLAIN = ("llama", "qwen2", "qwen2_tied", "qwen3", "qwen3_untied")
+"""Decoders without experts, latent attention or windows, which every layout takes."""
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges: every text round-trips, token of byte b is one id in [3, 259)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -35,7 +35,7 @@ from megatron_rl.models.families import family_of
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.gather import HFTensorIterator
 from megatron_rl.weights.hf_files import HFCheckpointReader, write_hf_checkpoint
-from megatron_rl.weights.local_shards import check_table, local_parameters
+from megatron_rl.weights.local_shards import Place, check_table, local_parameters
 
 # Names in the checkpoint begin with a part of GPTModel; the optimizer's begin with "optimizer.".
 _MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
@@ -53,7 +53,7 @@ class _WholeModel:
         # Transformer Engine's layers store the same tensors under the same names.
         self.gpt = build_gpt_model(hf, config, use_transformer_engine=False, pre_process=True, post_process=True)
         self.parameters = local_parameters([self.gpt])
-        check_table(self.parameters, self.maps, 0, 1)
+        check_table(self.parameters, self.maps, Place())
 
     def sharded_tensors(self) -> dict[str, Any]:
         """Core's description of every weight. Core's `_extra_state` entries, of FP8 layers, are not among them."""

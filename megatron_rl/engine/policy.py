@@ -17,11 +17,12 @@ from megatron_rl.engine.quantized_layers import fake_quantize
 from megatron_rl.models.build import build_gpt_model, transformer_config
 from megatron_rl.models.capabilities import HAS_TRANSFORMER_ENGINE
 from megatron_rl.models.families import family_of
+from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.vocab_parallel import vocab_parallel_log_probs
 from megatron_rl.weights.gather import HFTensorIterator
 from megatron_rl.weights.hf_files import HFCheckpointReader
-from megatron_rl.weights.local_shards import check_table, local_parameters
+from megatron_rl.weights.local_shards import Place, check_table, local_parameters
 from megatron_rl.weights.quantization import refusal
 
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
@@ -119,7 +120,7 @@ class Policy:
                 fake_quantize(gpt, model.quantization)
         self._install_head()
         self.parameters = local_parameters(self.models)
-        check_table(self.parameters, self.maps, groups.tp.rank(), groups.tp.size())
+        check_table(self.parameters, self.maps, Place.of(groups))
         if model.load_weights:
             self.load_hf_weights(self.hf_path)
         ddp = DistributedDataParallelConfig(
@@ -150,12 +151,15 @@ class Policy:
         """
         reader = HFCheckpointReader(folder)
         reader.check(self.maps)
-        tp = self.groups.tp
         with torch.no_grad():
-            for tensor_map in self.maps:
-                if tensor_map.name in self.parameters:
-                    reader.read_shard(tensor_map, tp.rank(), tp.size(), self.parameters[tensor_map.name])
+            self._read_shards(reader, self.maps)
             self._share_tied_embedding()
+
+    def _read_shards(self, reader: HFCheckpointReader, maps: list[TensorMap]) -> None:
+        place = Place.of(self.groups)
+        for tensor_map in maps:
+            if tensor_map.name in self.parameters:
+                reader.read_shard(tensor_map, *place.in_group_of(tensor_map), self.parameters[tensor_map.name])
 
     def _share_tied_embedding(self) -> None:
         """The last pipeline stage's copy of a tied embedding holds the same rows as the first stage's."""

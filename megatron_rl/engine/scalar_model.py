@@ -66,11 +66,8 @@ class ScalarModel(Policy):
         absent = {m.name for m in self.maps if m.name.startswith("output_layer.") and not _has(reader, m.hf_shapes)}
         stored = [m for m in self.maps if m.name not in absent]
         reader.check(stored)
-        tp = self.groups.tp
         with torch.no_grad():
-            for tensor_map in stored:
-                if tensor_map.name in self.parameters:
-                    reader.read_shard(tensor_map, tp.rank(), tp.size(), self.parameters[tensor_map.name])
+            self._read_shards(reader, stored)
             for name in absent & self.parameters.keys():
                 self.parameters[name].zero_()
 

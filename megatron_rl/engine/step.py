@@ -30,6 +30,14 @@ LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
 """(log_probs [T], entropy [T], row) -> (loss, metrics) for a policy; (values [T], row) for a scalar model."""
 
 
+class _Outputs(tuple[Tensor, ...]):
+    """What the head returned. With experts core asks the last stage's output for its device, as if it were a tensor."""
+
+    @property
+    def device(self) -> torch.device:
+        return self[0].device
+
+
 def _forward_step(
     parts: Iterator[RowPart], model: torch.nn.Module, *, loss_fn: LossFunction | None, groups: Groups
 ) -> Any:
@@ -41,6 +49,9 @@ def _forward_step(
         labels=part.labels[None],
         packed_seq_params=part.packed_seq_params,
     )
+
+    if isinstance(output, tuple):
+        output = _Outputs(output)
 
     def loss(output: tuple[Tensor, ...], non_loss_data: bool = False) -> Any:
         whole = tuple(part.joined(one, groups) for one in output)

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from megatron_rl.models.tensor_map import TensorMap
+from megatron_rl.parallel.groups import Groups
 
 # Transformer Engine fuses each norm into the linear layer after it; the tables use the unfused names.
 _FUSED_NORMS = {
@@ -55,10 +57,29 @@ def _name_in_layer(name: str, layer: Any) -> str:
     return name
 
 
-def check_table(parameters: dict[str, Tensor], maps: Sequence[TensorMap], tp_rank: int, tp_size: int) -> None:
+@dataclass(frozen=True)
+class Place:
+    """Which shard of a parameter a rank holds: (rank, size) of the group that splits it."""
+
+    tp: tuple[int, int] = (0, 1)
+    """In the tensor-parallel group, which splits all parameters but the experts'."""
+    etp: tuple[int, int] = (0, 1)
+    """In the expert-tensor-parallel group, which splits the experts'."""
+
+    @staticmethod
+    def of(groups: Groups) -> "Place":
+        """The place of this rank."""
+        return Place((groups.tp.rank(), groups.tp.size()), (groups.etp.rank(), groups.etp.size()))
+
+    def in_group_of(self, tensor_map: TensorMap) -> tuple[int, int]:
+        """(rank, size) in the group that splits this parameter."""
+        return self.tp if tensor_map.expert is None else self.etp
+
+
+def check_table(parameters: dict[str, Tensor], maps: Sequence[TensorMap], place: Place) -> None:
     """Assert that the table describes these parameters: every one of them, in the shape that this rank holds."""
     table = {tensor_map.name: tensor_map for tensor_map in maps}
     for name, parameter in parameters.items():
         assert name in table, f"parameter {name} is not in the family's table"
-        expected = table[name].shard_shape(tp_rank, tp_size)
+        expected = table[name].shard_shape(*place.in_group_of(table[name]))
         assert tuple(parameter.shape) == expected, f"parameter {name}: shape {tuple(parameter.shape)}, table {expected}"

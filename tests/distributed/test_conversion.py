@@ -25,7 +25,7 @@ from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_backward, forward_log_probs
 from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.objectives import SupervisedObjective
-from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
+from tests.checkpoints import PLAIN, VOCAB_SIZE, make_checkpoint
 from tests.distributed.spawn import run_ranks
 from tests.distributed.training_ranks import LAYOUTS, recorded_rollouts
 
@@ -50,7 +50,7 @@ class Case:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     root = tmp_path_factory.mktemp("hf")
-    folders = {family: make_checkpoint(root / family, family, seed=6) for family in FAMILIES}
+    folders = {family: make_checkpoint(root / family, family, seed=6) for family in PLAIN}
     folders[ONE_GROUP] = make_checkpoint(root / ONE_GROUP, "llama", seed=6, num_key_value_heads=1)
     generator = torch.Generator().manual_seed(0)
     sequences = [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in (2, 41, 5, 17, 40)]

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.data.samples import Completion, Prompt
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
-from tests.checkpoints import EOS_TOKEN_ID, FAMILIES, VOCAB_SIZE, make_checkpoint, make_tokenizer
+from tests.checkpoints import EOS_TOKEN_ID, PLAIN, VOCAB_SIZE, make_checkpoint, make_tokenizer
 
 LOG_PROB_TOLERANCE = 5e-5
 MAX_MODEL_LEN = 256
@@ -83,7 +83,7 @@ class ReloadCase:
 
 
 class TestReload:
-    @pytest.fixture(scope="class", params=FAMILIES)
+    @pytest.fixture(scope="class", params=PLAIN)
     def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReloadCase]:
         family = request.param
         folders = [make_checkpoint(tmp_path_factory.mktemp(family), family, seed) for seed in (1, 2, 3)]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from megatron_rl.models.tensor_map import split
-from megatron_rl.weights.local_shards import check_table, local_parameters
+from megatron_rl.weights.local_shards import Place, check_table, local_parameters
 
 
 class Stage(nn.Module):
@@ -46,9 +46,9 @@ def test_the_copy_of_a_tied_embedding_is_left_out():
 
 def test_a_table_that_does_not_describe_the_parameters():
     maps = [split("fc1", "theirs", (4, 2), dim=0)]
-    check_table({"fc1": torch.zeros(2, 2)}, maps, 0, 2)
-    check_table({}, maps, 0, 2)  # of another stage
+    check_table({"fc1": torch.zeros(2, 2)}, maps, Place(tp=(0, 2)))
+    check_table({}, maps, Place(tp=(0, 2)))  # of another stage
     with pytest.raises(AssertionError, match="fc2 is not in the family's table"):
-        check_table({"fc2": torch.zeros(2, 2)}, maps, 0, 2)
+        check_table({"fc2": torch.zeros(2, 2)}, maps, Place(tp=(0, 2)))
     with pytest.raises(AssertionError, match=r"fc1: shape \(4, 2\), table \(2, 2\)"):
-        check_table({"fc1": torch.zeros(4, 2)}, maps, 0, 2)
+        check_table({"fc1": torch.zeros(4, 2)}, maps, Place(tp=(0, 2)))
