@@ -103,7 +103,7 @@ def drop_norm(file: Path) -> None:
         (
             "config.json",
             lambda file: change(file, architectures=["GPT2LMHeadModel"]),
-            "'GPT2LMHeadModel' .* allowed: L",
+            "'GPT2LMHeadModel' .* allowed: DeepseekV2ForCausalLM",
         ),
         ("config.json", lambda file: change(file, dtype="float64"), "dtype 'float64' .* allowed: float32, bfloat16"),
         ("config.json", lambda file: change(file, hidden_size=100), r"\(259, 96\), config\.json implies \(259, 100\)"),
