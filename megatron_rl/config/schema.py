@@ -244,7 +244,8 @@ class DataConfig:
     """Training and evaluation data: JSONL or Parquet files."""
 
     train: str | None = None
-    """Training file. RL: `prompt` (and `answer`). SFT: `prompt` and `response`."""
+    """Training file. RL: `prompt` (and `answer`). SFT: `prompt` and `response`. Preferences: `prompt`, `chosen` and
+    `rejected`, or `prompt`, `response` and `label`; see `data/preferences.py`."""
     eval: str | None = None
     """Held-out file, of the same form; null: no evaluation."""
     prompt_key: str = "prompt"
@@ -252,7 +253,15 @@ class DataConfig:
     answer_key: str = "answer"
     """Field with the reference answer that rewards see."""
     response_key: str = "response"
-    """Field with the target text of SFT."""
+    """Field with the target text of SFT, or with the completion that a label or score judges."""
+    chosen_key: str = "chosen"
+    """Field with the better completion of a pair: text, or chat messages that end in the assistant's."""
+    rejected_key: str = "rejected"
+    """Field with the worse completion."""
+    label_key: str = "label"
+    """Field that judges a single completion: true or false, or a number; for each step of a list of steps, a list."""
+    margin_key: str | None = None
+    """Field with how much better the chosen completion is, for a loss with a margin."""
     format: str = "jsonl"
     """'jsonl', 'parquet', or 'gsm8k' (JSONL with `question` and `answer` ending in `#### n`)."""
     system_prompt: str | None = None
