@@ -23,6 +23,7 @@ from megatron_rl.config.schema import Config, Recipe
 from megatron_rl.config.validate import longest_sequence, validate
 from megatron_rl.data.datasets import load_prompts, load_sft
 from megatron_rl.data.files import read_rows
+from megatron_rl.data.preferences import load_judgements
 from megatron_rl.placement.layout import Layout, layout_of
 from megatron_rl.rewards.registry import resolve_rewards
 from megatron_rl.trainer.run_directory import RunDirectory
@@ -97,6 +98,8 @@ def check_data(config: Config, *, as_prompts: bool) -> dict[str, int]:
         if as_prompts:
             limit = config.data.max_prompt_tokens
             rows[file] = len(load_prompts(file, config.data, tokenizer, max_prompt_tokens=limit))
+        elif config.recipe in (Recipe.preference, Recipe.reward_model):
+            rows[file] = len(load_judgements(file, config.data, tokenizer, max_tokens=longest_sequence(config)))
         else:
             rows[file] = len(load_sft(file, config.data, tokenizer, max_tokens=longest_sequence(config)))
     return rows

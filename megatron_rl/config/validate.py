@@ -279,7 +279,7 @@ def _check_batches(config: Config, world_size: int | None) -> None:
             _refuse("train.global_batch_size", batch_size, f"a divisor of the {num_samples} samples of a rollout step")
         num_updates *= train.num_epochs_per_step * (num_samples // batch_size)
     elif train.global_batch_size is None:
-        _refuse("train.global_batch_size", None, "[1, inf) with recipe sft")
+        _refuse("train.global_batch_size", None, f"[1, inf) with recipe {config.recipe.value}")
     replicas = data_parallel_size(config.parallel, world_size)
     if train.global_batch_size is not None and train.global_batch_size < replicas:
         _refuse("train.global_batch_size", train.global_batch_size, f"at least {replicas}, one per replica")

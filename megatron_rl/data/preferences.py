@@ -67,6 +67,19 @@ Judgement = list[Judged]
 """What belongs together: a pair, the chosen completion first, or a single completion."""
 
 
+def load_judgements(
+    path: str | Path, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int
+) -> list[Judgement]:
+    """Every row of a file: pairs if its first row has `data.chosen_key`, else single completions.
+
+    Raises:
+        DataError: as `load_pairs` and `load_judged`.
+    """
+    _, first = next(iter(read_rows(path, data.format)))
+    load = load_pairs if data.chosen_key in first else load_judged
+    return load(path, data, tokenizer, max_tokens=max_tokens)
+
+
 def load_pairs(
     path: str | Path, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int
 ) -> list[Judgement]:
@@ -101,7 +114,9 @@ def load_judged(
     """
     numbered = list(read_rows(path, data.format))
     sources = [source for source, _ in numbered]
-    prompts = render_prompts([require(row, data.prompt_key, source) for source, row in numbered], sources, data, tokenizer)
+    prompts = render_prompts(
+        [require(row, data.prompt_key, source) for source, row in numbered], sources, data, tokenizer
+    )
     judgements = []
     for (source, row), (_, prompt_ids) in zip(numbered, prompts, strict=True):
         response = require(row, data.response_key, source)
@@ -192,4 +207,6 @@ def _check_lengths(judgement: Judgement, source: str, max_tokens: int) -> None:
         if not one.prompt_ids:
             raise DataError(f"{source}: the prompt has no tokens")
         if one.num_tokens > max_tokens:
-            raise DataError(f"{source}: prompt and completion have {one.num_tokens} tokens, at most {max_tokens} are allowed")
+            raise DataError(
+                f"{source}: prompt and completion have {one.num_tokens} tokens, at most {max_tokens} are allowed"
+            )

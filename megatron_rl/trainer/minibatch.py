@@ -41,6 +41,7 @@ class MiniBatch:
         micro_batch_tokens: int,
         pad_to_multiple: int,
         num_rows_multiple: int = 1,
+        together: int = 1,
     ) -> "MiniBatch":
         """Lay out the sequences at `indices`; a row's `sequence_ids` are positions in `sequences`.
 
@@ -51,15 +52,17 @@ class MiniBatch:
             micro_batch_tokens: most tokens of a row.
             pad_to_multiple: rows are filled up to a multiple of this.
             num_rows_multiple: see `plan_micro_batches`.
+            together: this many neighbours among the indices stay in one row, in their order: 2 for pairs.
         """
-        lengths = [sequences[i].num_positions for i in indices]
+        units = [indices[start : start + together] for start in range(0, len(indices), together)]
+        lengths = [sum(sequences[i].num_positions for i in unit) for unit in units]
         plan = plan_micro_batches(
             lengths,
             num_ranks=groups.dp.size(),
             micro_batch_tokens=micro_batch_tokens,
             num_rows_multiple=num_rows_multiple,
         )
-        mine = [[indices[i] for i in row] for row in plan[groups.dp.rank()]]
+        mine = [[i for number in row for i in units[number]] for row in plan[groups.dp.rank()]]
         masks = [float(sequences[i].loss_mask.sum()) for i in indices]
         return MiniBatch(
             rows=[pack(sequences, row, pad_to_multiple=pad_to_multiple) for row in mine],

@@ -3,7 +3,8 @@
 A loss is a function of what it names, over the pairs or the single completions of one packed row, and returns one loss
 for each. What it names decides what data it is given:
 
-    chosen, rejected, ref_chosen, ref_rejected   [P], of pairs: log-probs of a policy, or (no ref_) a reward model's scores
+    chosen, rejected, ref_chosen, ref_rejected   [P], of pairs: log-probs of policy and reference, or, without the
+                                                 reference, scores of a reward model
     margin                                       [P], of pairs, from data.margin_key
     log_probs, ref_log_probs, desirable          [N], of single completions with a label
     reference_kl                                 of the global batch, for KTO

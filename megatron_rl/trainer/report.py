@@ -23,6 +23,12 @@ from megatron_rl.trainer.run_directory import RunDirectory, write_atomically
 
 SAMPLES_PER_STEP = 4
 """Completions shown of each of the first, middle and last logged steps: the first ones of the file, not chosen ones."""
+_RECIPES = {
+    "rl": "reinforcement learning",
+    "sft": "supervised fine-tuning",
+    "preference": "preference training",
+    "reward_model": "reward model",
+}
 MAX_NON_FINITE_NAMED = 6
 """Places named in the note on non-finite numbers."""
 
@@ -66,7 +72,7 @@ def merge_steps(rows: Sequence[dict[str, float]]) -> Rows:
 def facts(config: DictConfig, rows: Rows) -> dict[str, str]:
     """What kind of run it is and how far it got: label -> value."""
     recipe = _get(config, "recipe")
-    found = {"Recipe": {"rl": "reinforcement learning", "sft": "supervised fine-tuning"}.get(str(recipe), str(recipe))}
+    found = {"Recipe": _RECIPES.get(str(recipe), str(recipe))}
     if hf_path := _get(config, "model.hf_path"):
         found["Model"] = Path(str(hf_path)).name
     sizes = {

@@ -5,11 +5,18 @@ from pathlib import Path
 from megatron_rl.config.schema import Config, Recipe
 from megatron_rl.engine.initialize import finalize, initialize
 from megatron_rl.placement.layout import Layout
+from megatron_rl.trainer.estimators import resolve_estimator
 from megatron_rl.trainer.loop import train_rl
+from megatron_rl.trainer.policy_losses import resolve_policy_loss
+from megatron_rl.trainer.preference import train_preference
+from megatron_rl.trainer.preference_losses import POLICY_LOSSES, REWARD_LOSSES, resolve_preference_loss
 from megatron_rl.trainer.reinforcement import Reinforcement
 from megatron_rl.trainer.report import write_report
+from megatron_rl.trainer.reward_model import train_reward_model
 from megatron_rl.trainer.run_directory import RunDirectory
 from megatron_rl.trainer.sft import train_sft
+
+_OTHERS = {Recipe.sft: train_sft, Recipe.preference: train_preference, Recipe.reward_model: train_reward_model}
 
 
 def train(config: Config, layout: Layout) -> None:
@@ -18,17 +25,34 @@ def train(config: Config, layout: Layout) -> None:
     Raises:
         UserError: something that the user gave cannot be used.
     """
+    resolve_choices(config)
     groups = initialize(config.parallel, seed=config.seed)
     try:
-        if config.recipe is Recipe.sft:
-            train_sft(config, groups)
-        else:
+        if config.recipe is Recipe.rl:
             train_rl(config, groups, layout)
+        else:
+            _OTHERS[config.recipe](config, groups)
     finally:
         run = RunDirectory(Path(config.output_dir) / config.name)
         if groups.world.rank() == 0 and run.metrics_file.exists():
             write_report(run.path)
     finalize()
+
+
+def resolve_choices(config: Config) -> None:
+    """Find the functions that the configuration names, before there is anything to join.
+
+    Raises:
+        UserError: one that cannot be had, or arguments that do not fit.
+    """
+    algorithm = config.algorithm
+    if config.recipe is Recipe.rl:
+        resolve_estimator(algorithm.advantage)
+        resolve_policy_loss(algorithm.policy_loss)
+    if config.recipe is Recipe.preference:
+        resolve_preference_loss(algorithm.preference, POLICY_LOSSES)
+    if config.recipe is Recipe.reward_model:
+        resolve_preference_loss(algorithm.preference, REWARD_LOSSES)
 
 
 def evaluate(config: Config, layout: Layout) -> dict[str, float]:

@@ -156,8 +156,10 @@ class Training:
         """Rows are this long or a multiple of it."""
         return row_multiple(self.config.model, self.config.parallel)
 
-    def minibatch(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> MiniBatch:
-        """Lay out one optimizer step."""
+    def minibatch(
+        self, sequences: Sequence[TrainingSequence], indices: Sequence[int], *, together: int = 1
+    ) -> MiniBatch:
+        """Lay out one optimizer step; see `MiniBatch.of`."""
         parallel = self.config.parallel
         return MiniBatch.of(
             sequences,
@@ -168,6 +170,7 @@ class Training:
             num_rows_multiple=parallel.pipeline_model_parallel_size
             if parallel.virtual_pipeline_model_parallel_size
             else 1,
+            together=together,
         )
 
     def update(self, batch: MiniBatch, objective: LossFunction, *, temperature: float = 1.0) -> dict[str, Metric]:

@@ -1,0 +1,88 @@
+"""Samples answers with vLLM, judges them by a recipe's rewards, and writes what preference training reads.
+
+    python tools/make_pairs.py CONFIG OUT [key=value ...]
+
+    OUT/pairs.jsonl     {"prompt", "chosen", "rejected"}: of each prompt the answers of highest and of lowest reward
+    OUT/judged.jsonl    {"prompt", "response", "label"}: the same answers one by one, true or false
+    OUT/heldout_pairs.jsonl, OUT/heldout_judged.jsonl: of other prompts
+
+CONFIG is a recipe of kind rl: its model answers its prompts, and its rewards judge. A prompt whose answers all have the
+same reward makes no pair.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import Config
+from megatron_rl.data.datasets import load_prompts
+from megatron_rl.data.samples import Sample
+from megatron_rl.rewards.registry import resolve_rewards
+from megatron_rl.rewards.scoring import score
+from megatron_rl.trainer.rollouts import build_engine, draw_seeds, training_sampling
+from megatron_rl.trainer.tokenizer import load_tokenizer
+
+
+def sample_groups(config: Config, num_prompts: int) -> list[list[Sample]]:
+    """The scored answers of the first prompts."""
+    limit, sampling = config.data.max_prompt_tokens, config.rollout.sampling
+    tokenizer = load_tokenizer(config.model.hf_path)
+    prompts = load_prompts(str(config.data.train), config.data, tokenizer, max_prompt_tokens=limit)[:num_prompts]
+    engine = build_engine(
+        config.rollout,
+        model_path=config.model.hf_path,
+        dtype=config.model.params_dtype.value,
+        max_model_len=limit + sampling.max_response_tokens,
+        seed=config.seed,
+    )
+    rewards = resolve_rewards(config.rewards)
+    completions = engine.generate(
+        prompts,
+        num_samples=config.rollout.num_samples_per_prompt,
+        sampling=training_sampling(sampling),
+        seeds=draw_seeds(config.seed, 0, len(prompts)),
+    )
+    engine.shutdown()
+    return [score([p] * len(of_p), of_p, rewards) for p, of_p in zip(prompts, completions, strict=True)]
+
+
+def write(folder: Path, prefix: str, groups: list[list[Sample]], prompt_key: str) -> int:
+    """Write the pairs and the single answers of some prompts; the number of pairs."""
+    pairs, judged = [], []
+    for group in groups:
+        ended = [sample for sample in group if sample.completion.finish_reason == "stop" and sample.completion.text]
+        if not ended:
+            continue
+        best, worst = max(ended, key=lambda s: s.reward), min(ended, key=lambda s: s.reward)
+        if best.reward == worst.reward:
+            continue
+        prompt = best.prompt.row[prompt_key]
+        pairs.append({"prompt": prompt, "chosen": best.completion.text, "rejected": worst.completion.text})
+        for sample in (best, worst):
+            judged.append({"prompt": prompt, "response": sample.completion.text, "label": sample is best})
+    for name, rows in ((f"{prefix}pairs.jsonl", pairs), (f"{prefix}judged.jsonl", judged)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return len(pairs)
+
+
+def main() -> None:
+    """Sample and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--num-prompts", type=int, default=3000)
+    parser.add_argument("--heldout-fraction", type=float, default=0.1)
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    groups = sample_groups(config, arguments.num_prompts)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    num_heldout = int(len(groups) * arguments.heldout_fraction)
+    heldout = write(arguments.out, "heldout_", groups[:num_heldout], config.data.prompt_key)
+    train = write(arguments.out, "", groups[num_heldout:], config.data.prompt_key)
+    print(f"{arguments.out}: {train} pairs and {heldout} held-out pairs of {len(groups)} prompts")
+
+
+if __name__ == "__main__":
+    main()
