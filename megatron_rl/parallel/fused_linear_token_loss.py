@@ -1,0 +1,220 @@
+"""The output layer and a loss of single tokens in one pass: three matrix products, as many as with stored logits.
+
+A loss is separable by tokens if it is sum_t L_t(log_prob_t, entropy_t): token-level policy gradients, supervised
+fine-tuning, their KL penalties. Its gradient with respect to the logits of a chunk of tokens is then known as soon as
+the chunk is: the forward pass makes the chunk's logits, all columns of it, asks the loss for dL/dlog_prob and
+dL/dentropy, turns the logits into their gradient where they lie, and multiplies that with the weight and the hidden
+states. Nothing is made twice. What is kept for the backward pass is the gradient of the hidden states; there it is only
+scaled. The memory is one chunk of logits, whose size is bounded and does not grow with T.
+
+A loss that looks at several tokens at once (sequence-level ratios, pairs of sequences) takes `fused_linear_log_probs`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron_rl.parallel.fused_linear_log_probs import LinearHead, buffers, fit
+from megatron_rl.parallel.linear_tiles import (
+    WeightGradient,
+    add_product,
+    gather_tokens,
+    product,
+    product_dtype,
+    reduce_tokens,
+    slices,
+)
+from megatron_rl.parallel.vocab_statistics import (
+    GradientFactors,
+    gradient_of_exponentials,
+    join,
+    no_statistics,
+    normalize,
+    reduce_tile,
+    statistics_dtype,
+)
+
+TokenLosses = Callable[[Tensor, Tensor, slice], Tensor]
+"""(log_probs [n], entropy [n], which of the T tokens these are) -> [n] losses, each of its own token alone."""
+
+_BUFFER_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+"""Logits of a chunk, all columns: 64 MiB on a CPU, 1 GiB on CUDA, where products want more rows."""
+
+
+def fused_linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_losses: TokenLosses,
+    *,
+    group: ProcessGroup | None,
+    vocab_size: int,
+    temperature: float = 1.0,
+    sequence_parallel: bool = False,
+    main_grad: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    chunk_columns: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_t of token_losses, with the gradient of hidden states and weight formed in this forward pass.
+
+    Collectives, forward: one all-gather of statistics per chunk, one reduction of hidden gradients, with sequence
+    parallelism a gather of the hidden states; backward: none.
+
+    Args:
+        hidden, weight, labels, group, vocab_size, temperature, sequence_parallel: see `fused_linear_log_probs`.
+        token_losses: see TokenLosses; differentiated by autograd, chunk by chunk. The same on all ranks.
+        main_grad: [V/tp, H] float32, to which the weight's gradient is added, in this forward pass: call it once per
+            backward pass, and let that begin with gradient 1. None: autograd gets the gradient.
+        chunk_tokens: most tokens at once; the buffer is [chunk_tokens, V/tp] float32. None: what suits the device.
+        chunk_columns: columns of a tile of it.
+
+    Returns:
+        loss: scalar float32 (float64 for float64 inputs), differentiable once.
+        log_probs, entropy: [T] float32 (float64), nats, without gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or sizes that do not fit; before any collective.
+        RuntimeError: the backward pass is run twice, or with main_grad begins with a gradient other than 1.
+    """
+    if chunk_tokens is None:
+        largest = max(16, _BUFFER_ELEMENTS["cuda" if weight.is_cuda else "cpu"] // max(1, len(weight)))
+        # Chunks of equal size: a short last one would use the processor badly.
+        chunk_tokens = max(1, math.ceil(len(labels) / max(1, math.ceil(len(labels) / largest))))
+    head = LinearHead.of(
+        hidden,
+        weight,
+        labels,
+        group=group,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        entropy=True,
+        sequence_parallel=sequence_parallel,
+        main_grad=main_grad,
+        chunk_tokens=chunk_tokens,
+        chunk_columns=chunk_columns,
+    )
+    outputs: tuple[Tensor, Tensor, Tensor] = _FusedLinearTokenLoss.apply(
+        hidden, weight, labels, main_grad, token_losses, head
+    )
+    return outputs
+
+
+class _FusedLinearTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        main_grad: Tensor | None,
+        token_losses: TokenLosses,
+        head: LinearHead,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = gather_tokens(hidden, head.shard.group, head.sequence_parallel)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        chunks = _Chunks(tokens, weight, head, WeightGradient(weight, main_grad, wanted=wants_weight))
+        log_probs = tokens.new_empty(len(tokens), dtype=chunks.dtype)
+        entropy = torch.empty_like(log_probs)
+        grad_tokens = torch.empty_like(tokens) if wants_hidden else None
+        loss = torch.zeros((), dtype=torch.float64, device=tokens.device)
+        for rows in slices(len(tokens), head.tile.rows):
+            of_chunk = chunks.forward(rows, labels[rows], token_losses)
+            log_probs[rows], entropy[rows], grad_h = of_chunk[1:]
+            loss += of_chunk[0]
+            if grad_tokens is not None:
+                grad_tokens[rows] = grad_h
+        if grad_tokens is not None:
+            grad_tokens = reduce_tokens(grad_tokens, head.shard.group, head.sequence_parallel)
+        ctx.gradients = (grad_tokens, chunks.grad_weight.result())
+        ctx.in_main_grad = wants_weight and main_grad is not None
+        ctx.mark_non_differentiable(log_probs, entropy)
+        return loss.to(chunks.dtype), log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of fused_linear_token_loss are used up: run its backward pass only once")
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        if ctx.in_main_grad:
+            _check_is_one(grad_loss)
+        else:
+            grad_hidden, grad_weight = (
+                None if grad is None else grad.mul_(grad_loss) for grad in (grad_hidden, grad_weight)
+            )
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+class _Chunks:
+    """The work on one chunk of tokens after another, in buffers that all chunks share."""
+
+    def __init__(self, tokens: Tensor, weight: Tensor, head: LinearHead, grad_weight: WeightGradient) -> None:
+        self.tokens, self.weight, self.head, self.grad_weight = tokens, weight, head, grad_weight
+        self.dtype = statistics_dtype(tokens.dtype)
+        self.tiles = list(slices(head.shard.num_valid, head.tile.columns))
+        self.scratch, _ = buffers(weight, head.tile, self.dtype)
+        # Tile after tile, each a contiguous matrix.
+        self.logits = weight.new_empty(head.tile.rows * max(1, head.shard.num_valid), dtype=self.dtype)
+
+    def forward(
+        self, rows: slice, labels: Tensor, token_losses: TokenLosses
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, log-probs [C], entropy [C] and gradient of the hidden states [C, H] of the chunk `rows`."""
+        temperature, shard = self.head.temperature, self.head.shard
+        h, column = self.tokens[rows].to(product_dtype(self.tokens)), shard.local(labels)
+        exponentials = [
+            fit(self.logits[len(h) * tile.start :], len(h), tile.stop - tile.start) for tile in self.tiles
+        ]
+        parts = []
+        for tile, x in zip(self.tiles, exponentials, strict=True):
+            product(h, self.weight[tile].to(h.dtype).t(), out=x)
+            spare = fit(self.scratch, *x.shape)
+            parts.append(
+                reduce_tile(x, column - tile.start, temperature=temperature, entropy=True, out=x, scratch=spare)
+            )
+        if parts:
+            local = join(torch.stack(parts), temperature)
+        else:
+            local = no_statistics(len(h), True, dtype=self.dtype, device=h.device)
+        log_probs, normalizer = normalize(local, labels, shard, temperature, dtype=self.dtype)
+        assert normalizer.entropy is not None
+        loss, log_probs, entropy, *gradients = _differentiate(
+            token_losses, log_probs.to(self.dtype), normalizer.entropy.to(self.dtype), rows
+        )
+        factors = GradientFactors.of(*gradients, normalizer, temperature)
+        grad_h = torch.zeros_like(h, dtype=self.dtype)
+        for tile, e, part in zip(self.tiles, exponentials, parts, strict=True):
+            shift = ((part[0] - normalizer.maximum) / temperature).to(self.dtype)
+            gradient_of_exponentials(e, column - tile.start, shift, factors, scratch=fit(self.scratch, *e.shape))
+            gradient = e.to(h.dtype)
+            add_product(gradient, self.weight[tile].to(h.dtype), out=grad_h)
+            self.grad_weight.add(tile, gradient, h)
+        return loss, log_probs, entropy, grad_h
+
+
+def _differentiate(
+    token_losses: TokenLosses, log_probs: Tensor, entropy: Tensor, rows: slice
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The chunk's loss (float64), its inputs, and its gradients with respect to them; None where it has none."""
+    with torch.enable_grad():
+        inputs = log_probs.detach().requires_grad_(), entropy.detach().requires_grad_()
+        losses = token_losses(*inputs, rows)
+        if losses.shape != log_probs.shape:
+            raise ValueError(f"token_losses returned {tuple(losses.shape)} for {len(log_probs)} tokens")
+        gradients: tuple[Tensor | None, ...] = (None, None)
+        if losses.requires_grad:
+            gradients = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
+    return losses.detach().double().sum(), log_probs, entropy, gradients[0], gradients[1]
+
+
+def _check_is_one(grad_loss: Tensor) -> None:
+    """The gradient is in main_grad already, unscaled."""
+    if grad_loss.is_cuda:
+        torch._assert_async(grad_loss == 1)  # without waiting for the device
+    elif float(grad_loss) != 1.0:
+        raise RuntimeError(f"the loss's gradient is {float(grad_loss)}; with main_grad it must be 1")

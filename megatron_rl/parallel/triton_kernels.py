@@ -1,0 +1,1 @@
+def can_run(x): return False
