@@ -82,15 +82,20 @@ def aggregation_weights(
     return torch.where(in_loss, mask / divisor, 0.0).float()
 
 
-def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
-    """sum_t weights_t losses_t, where a token of weight 0 may hold anything, also nan, and gets gradient exactly 0.
+def weighted(losses: Tensor, weights: Tensor) -> Tensor:
+    """weights_t losses_t, where a token of weight 0 may hold anything, also nan, and gets gradient exactly 0.
 
     Args:
         losses: [T]. Carries the gradient.
         weights: [T], of `aggregation_weights`. Constant in the gradient.
 
     Returns:
-        Scalar of the losses' dtype.
+        [T] of the losses' dtype.
     """
     weights = weights.detach().to(losses.dtype)
-    return (torch.where(weights != 0, losses, 0.0) * weights).sum()
+    return torch.where(weights != 0, losses, 0.0) * weights
+
+
+def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
+    """sum_t weights_t losses_t, a scalar; see `weighted`."""
+    return weighted(losses, weights).sum()

@@ -13,43 +13,19 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import read_json_object
 from megatron_rl.config.schema import Dtype, LayerSpec, ModelConfig, ParallelConfig
 from megatron_rl.device import HAS_CUDA
+from megatron_rl.engine.head import LogProbHead
 from megatron_rl.engine.quantized_layers import fake_quantize
 from megatron_rl.models.build import build_gpt_model, transformer_config
 from megatron_rl.models.capabilities import HAS_TRANSFORMER_ENGINE
 from megatron_rl.models.families import family_of
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.vocab_parallel import vocab_parallel_log_probs
 from megatron_rl.weights.gather import HFTensorIterator
 from megatron_rl.weights.hf_files import HFCheckpointReader
 from megatron_rl.weights.local_shards import Place, check_table, local_parameters
 from megatron_rl.weights.quantization import refusal
 
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
-
-
-class LogProbHead:
-    """Takes the place of GPTModel's language-model loss: labels and sharded logits in, log-probs and entropy out.
-
-    Set on the model instance, the door that core leaves open for it; `temperature` is set before each pass.
-    """
-
-    def __init__(self, groups: Groups, vocab_size: int) -> None:
-        self.groups = groups
-        self.vocab_size = vocab_size
-        self.temperature = 1.0
-
-    def __call__(self, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """labels [1, T] and logits [T, 1, V/tp] -> log-probs [T] and entropy [T], float32, nats."""
-        log_probs, entropy = vocab_parallel_log_probs(
-            logits.squeeze(1),
-            labels.squeeze(0),
-            group=self.groups.tp,
-            vocab_size=self.vocab_size,
-            temperature=self.temperature,
-        )
-        assert entropy is not None
-        return log_probs, entropy
 
 
 class Policy:
@@ -135,9 +111,8 @@ class Policy:
         return hf
 
     def _install_head(self) -> None:
-        """Decide what the model returns for a row."""
-        self.head: Any = LogProbHead(self.groups, self.hf["vocab_size"])
-        self.models[-1].compute_language_model_loss = self.head
+        """Decide what the last stage gives for a row."""
+        self.head: Any = LogProbHead(self.models[-1], self.groups, self.hf["vocab_size"])
 
     def export_config(self) -> dict[str, Any] | None:
         """The config.json of an exported checkpoint; None: that of model.hf_path."""

@@ -8,12 +8,14 @@ So losses see whole rows at any layout.
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_rl.data.packing import PackedRow
 from megatron_rl.device import this_device
 from megatron_rl.parallel.context_parallel import ContextSplit, gather_outputs
+from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
 from megatron_rl.parallel.groups import Groups
 
 
@@ -33,6 +35,8 @@ class RowPart:
     """Bounds of the sequences, as attention and rotary embedding take them: of the whole row, filled up."""
     is_padding: Tensor | None
     """[P] bool: slots of the filling; None: there is none."""
+    slots: Tensor | None
+    """[P]: which token of the row each slot is, anything for filling; None: the part is the row."""
     restore: Tensor | None
     """[T]: where each token is when the ranks' parts are joined; None: the part is the row."""
 
@@ -45,7 +49,7 @@ class RowPart:
         moved = replace(row, **tensors, per_token=per_token)
         if size == 1 and len(row.tokens) % multiple == 0:
             params = _packed_seq_params(moved.cu_seqlens, row.max_seqlen)
-            return RowPart(moved, moved.tokens, moved.labels, moved.position_ids, params, None, None)
+            return RowPart(moved, moved.tokens, moved.labels, moved.position_ids, params, None, None, None)
         split = ContextSplit.of(row.cu_seqlens, size=size, rank=groups.cp.rank(), multiple=multiple)
         slots = split.tokens.to(this_device())
         return RowPart(
@@ -55,6 +59,7 @@ class RowPart:
             position_ids=split.position_ids.to(this_device()),
             packed_seq_params=_packed_seq_params(split.cu_seqlens.to(this_device()), split.max_seqlen),
             is_padding=split.is_padding.to(this_device()),
+            slots=slots,
             restore=split.restore.to(this_device()),
         )
 
@@ -64,6 +69,15 @@ class RowPart:
             return output
         whole = gather_outputs(output, groups.cp) if groups.cp.size() > 1 else output
         return whole.index_select(0, self.restore)
+
+    def by_slots(self, of_row: TokenLosses) -> TokenLosses:
+        """Losses by tokens of the row -> by slots of the part; filling has loss 0."""
+        slots, is_padding = self.slots, self.is_padding
+        if slots is None or is_padding is None:
+            return of_row
+        return lambda log_probs, entropy, some: torch.where(
+            is_padding[some], 0.0, of_row(log_probs, entropy, slots[some])
+        )
 
 
 def _packed_seq_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:

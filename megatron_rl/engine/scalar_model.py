@@ -5,6 +5,7 @@ as they do on a policy. It starts from a language model, whose output layer it l
 classifier, whose `score` it takes; it is written as a classifier.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,20 @@ from megatron_rl.config.hf_checkpoint import read_json_object
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.scalar_head import ScalarHead, backbone_config, scalar_config, scalar_maps
+from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.hf_files import HFCheckpointReader
 
 
-class ValueOutput:
-    """Takes the place of GPTModel's language-model loss: the head's output as it is."""
+class ValueHead:
+    """Runs a model's last stage, whose output layer is a `ScalarHead`, and gives the values as they are."""
 
     temperature = 1.0
     """Without meaning here; set alike for every model before a pass."""
 
-    def __call__(self, labels: Tensor, values: Tensor) -> tuple[Tensor]:
-        """values [T, 1, 1] -> [T] float32."""
-        return (values.flatten(),)
+    def __call__(self, forward: Callable[[], Tensor], labels: Tensor, token_losses: TokenLosses | None) -> Tensor:
+        """[1, P] float32; see `LogProbHead` for the arguments."""
+        return forward().flatten()[None]
 
 
 class ScalarModel(Policy):
@@ -53,8 +55,8 @@ class ScalarModel(Policy):
         self.maps = scalar_maps(self.maps, self.config.hidden_size, bias=self.per_token)
         if self.groups.is_last_stage:
             self.models[-1].output_layer = ScalarHead(self.config, bias=self.per_token)
-        self.head = ValueOutput()
-        self.models[-1].compute_language_model_loss = self.head
+        self.head = ValueHead()
+        self.models[-1].compute_language_model_loss = lambda labels, values: values
 
     def export_config(self) -> dict[str, Any]:
         """The classifier's config.json."""

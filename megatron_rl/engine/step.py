@@ -19,50 +19,60 @@ from torch import Tensor
 from megatron_rl.algorithms.metrics import Metric, combine
 from megatron_rl.data.packing import PackedRow
 from megatron_rl.device import this_device
+from megatron_rl.engine.head import TokenLoss
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.row_part import RowPart
-from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
 
 NON_FINITE_LOSSES = "optim/non_finite_losses"
 """Metric: rows whose loss was nan or infinite."""
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
-"""(log_probs [T], entropy [T], row) -> (loss, metrics) for a policy; (values [T], row) for a scalar model."""
+"""(log_probs [T], entropy [T], row) -> (loss, metrics) for a policy; (values [T], row) for a scalar model.
+
+An objective may have a method `token_losses(row)`. It returns the row's loss token by token, a function of log-probs [n],
+entropy [n] and the indices of these tokens in the row, whose values [n] add up to the loss; or None, if the loss of a
+token depends on others. The gradient is then formed in the forward pass (`parallel.fused_linear_token_loss`), which saves
+a quarter of the head's work, and the objective itself is called for its metrics, without gradient. The method counts only
+in the class that defines it: a subclass is another loss.
+"""
 
 
-class _Outputs(tuple[Tensor, ...]):
-    """What the head returned. With experts core asks the last stage's output for its device, as if it were a tensor."""
+def _token_losses(loss_fn: LossFunction | None, part: RowPart) -> TokenLosses | None:
+    """The objective's losses by slots of the part, if it says them token by token."""
+    if loss_fn is None or "token_losses" not in vars(type(loss_fn)):
+        return None
+    of_row: TokenLosses | None = loss_fn.token_losses(part.row)  # type: ignore[attr-defined]
+    return None if of_row is None else part.by_slots(of_row)
 
-    @property
-    def device(self) -> torch.device:
-        return self[0].device
 
-
-def _forward_step(
-    parts: Iterator[RowPart], model: torch.nn.Module, *, loss_fn: LossFunction | None, groups: Groups
-) -> Any:
+def _forward_step(parts: Iterator[RowPart], model: Any, *, policy: Policy, loss_fn: LossFunction | None) -> Any:
     part = next(parts)
-    output = model(
+    forward = partial(
+        model,
         input_ids=part.tokens[None],
         position_ids=part.position_ids[None],
         attention_mask=None,
         labels=part.labels[None],
         packed_seq_params=part.packed_seq_params,
     )
+    if getattr(model, "module", model).post_process:
+        output = policy.head(forward, part.labels, _token_losses(loss_fn, part))
+    else:
+        output = forward()
 
-    if isinstance(output, tuple):
-        output = _Outputs(output)
-
-    def loss(output: tuple[Tensor, ...], non_loss_data: bool = False) -> Any:
-        whole = tuple(part.joined(one, groups) for one in output)
+    def loss(output: Tensor | TokenLoss, non_loss_data: bool = False) -> Any:
+        outputs = output.outputs if isinstance(output, TokenLoss) else output
+        whole = tuple(part.joined(one, policy.groups) for one in outputs)
         if non_loss_data:
             return whole
         assert loss_fn is not None
-        value, metrics = loss_fn(*whole, part.row)
+        with torch.set_grad_enabled(not isinstance(output, TokenLoss)):
+            value, metrics = loss_fn(*whole, part.row)
         # A token that is not finite has gradient 0 in some objectives, so the loss itself must be looked at.
         metrics = metrics | {NON_FINITE_LOSSES: Metric("sum", float(not torch.isfinite(value.detach())))}
         # A count of 0 tokens: core adds the counts up and divides by none.
-        return value, torch.tensor(0, dtype=torch.int32), metrics
+        return output.loss if isinstance(output, TokenLoss) else value, torch.tensor(0, dtype=torch.int32), metrics
 
     return output, loss
 
@@ -76,7 +86,7 @@ def _run(policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction | None
     multiple = policy.groups.tp.size() if policy.config.sequence_parallel else 1
     parts = [RowPart.of(row, policy.groups, multiple=multiple) for row in rows]
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, loss_fn=loss_fn, groups=policy.groups),
+        forward_step_func=partial(_forward_step, policy=policy, loss_fn=loss_fn),
         data_iterator=[iter(parts) for _ in policy.chunks] if len(policy.chunks) > 1 else iter(parts),
         model=policy.chunks,
         num_microbatches=len(parts),

@@ -192,16 +192,16 @@ class _FusedLinearLogProbs(torch.autograd.Function):
                 w = weight[tile].to(h.dtype)
                 logits, spare = fit(x, len(h), len(w)), fit(scratch, len(h), len(w))
                 product(h, w.t(), out=logits)
+                gradient = logits if h.dtype == logits.dtype else torch.empty_like(logits, dtype=h.dtype)
                 gradient_of_logits(
                     logits,
                     columns[rows] - tile.start,
                     maximum[rows],
                     factors[rows],
                     temperature=head.temperature,
-                    out=logits,
+                    out=gradient,
                     scratch=spare,
                 )
-                gradient = logits.to(h.dtype)
                 if wants_hidden:
                     add_product(gradient, w, out=grad_h)
                 grad_weight.add(tile, gradient, h)

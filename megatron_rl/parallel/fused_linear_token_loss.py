@@ -39,8 +39,10 @@ from megatron_rl.parallel.vocab_statistics import (
     statistics_dtype,
 )
 
-TokenLosses = Callable[[Tensor, Tensor, slice], Tensor]
-"""(log_probs [n], entropy [n], which of the T tokens these are) -> [n] losses, each of its own token alone."""
+Tokens = slice | Tensor
+"""Which of the T tokens: a slice, or [n] int64 indices."""
+TokenLosses = Callable[[Tensor, Tensor, Any], Tensor]
+"""(log_probs [n], entropy [n], their `Tokens`) -> [n] losses, each of its own token alone."""
 
 _BUFFER_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 """Logits of a chunk, all columns: 64 MiB on a CPU, 1 GiB on CUDA, where products want more rows."""
@@ -67,7 +69,8 @@ def fused_linear_token_loss(
 
     Args:
         hidden, weight, labels, group, vocab_size, temperature, sequence_parallel: see `fused_linear_log_probs`.
-        token_losses: see TokenLosses; differentiated by autograd, chunk by chunk. The same on all ranks.
+        token_losses: see TokenLosses; called with slices; differentiated by autograd, chunk by chunk. The same on
+            all ranks.
         main_grad: [V/tp, H] float32, to which the weight's gradient is added, in this forward pass: call it once per
             backward pass, and let that begin with gradient 1. None: autograd gets the gradient.
         chunk_tokens: most tokens at once; the buffer is [chunk_tokens, V/tp] float32. None: what suits the device.
@@ -161,21 +164,18 @@ class _Chunks:
         # Tile after tile, each a contiguous matrix.
         self.logits = weight.new_empty(head.tile.rows * max(1, head.shard.num_valid), dtype=self.dtype)
 
-    def forward(
-        self, rows: slice, labels: Tensor, token_losses: TokenLosses
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, rows: slice, labels: Tensor, token_losses: TokenLosses) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, log-probs [C], entropy [C] and gradient of the hidden states [C, H] of the chunk `rows`."""
         temperature, shard = self.head.temperature, self.head.shard
         h, column = self.tokens[rows].to(product_dtype(self.tokens)), shard.local(labels)
-        exponentials = [
-            fit(self.logits[len(h) * tile.start :], len(h), tile.stop - tile.start) for tile in self.tiles
-        ]
+        exponentials = [fit(self.logits[len(h) * tile.start :], len(h), tile.stop - tile.start) for tile in self.tiles]
         parts = []
         for tile, x in zip(self.tiles, exponentials, strict=True):
             product(h, self.weight[tile].to(h.dtype).t(), out=x)
             spare = fit(self.scratch, *x.shape)
+            of_label = column - tile.start
             parts.append(
-                reduce_tile(x, column - tile.start, temperature=temperature, entropy=True, out=x, scratch=spare)
+                reduce_tile(x, of_label, temperature=temperature, entropy=True, out=x, scratch=spare, keep=True)
             )
         if parts:
             local = join(torch.stack(parts), temperature)
@@ -183,15 +183,16 @@ class _Chunks:
             local = no_statistics(len(h), True, dtype=self.dtype, device=h.device)
         log_probs, normalizer = normalize(local, labels, shard, temperature, dtype=self.dtype)
         assert normalizer.entropy is not None
-        loss, log_probs, entropy, *gradients = _differentiate(
-            token_losses, log_probs.to(self.dtype), normalizer.entropy.to(self.dtype), rows
-        )
-        factors = GradientFactors.of(*gradients, normalizer, temperature)
+        log_probs, entropy = log_probs.to(self.dtype), normalizer.entropy.to(self.dtype)
+        loss, by_log_probs, by_entropy = _differentiate(token_losses, log_probs, entropy, rows)
+        factors = GradientFactors.of(by_log_probs, by_entropy, normalizer, temperature)
         grad_h = torch.zeros_like(h, dtype=self.dtype)
         for tile, e, part in zip(self.tiles, exponentials, parts, strict=True):
             shift = ((part[0] - normalizer.maximum) / temperature).to(self.dtype)
-            gradient_of_exponentials(e, column - tile.start, shift, factors, scratch=fit(self.scratch, *e.shape))
-            gradient = e.to(h.dtype)
+            gradient = e if h.dtype == e.dtype else torch.empty_like(e, dtype=h.dtype)
+            gradient_of_exponentials(
+                e, column - tile.start, shift, factors, out=gradient, scratch=fit(self.scratch, *e.shape)
+            )
             add_product(gradient, self.weight[tile].to(h.dtype), out=grad_h)
             self.grad_weight.add(tile, gradient, h)
         return loss, log_probs, entropy, grad_h
@@ -199,8 +200,8 @@ class _Chunks:
 
 def _differentiate(
     token_losses: TokenLosses, log_probs: Tensor, entropy: Tensor, rows: slice
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The chunk's loss (float64), its inputs, and its gradients with respect to them; None where it has none."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The chunk's loss (float64), and its gradients with respect to log-probs and entropy; None where it has none."""
     with torch.enable_grad():
         inputs = log_probs.detach().requires_grad_(), entropy.detach().requires_grad_()
         losses = token_losses(*inputs, rows)
@@ -209,7 +210,7 @@ def _differentiate(
         gradients: tuple[Tensor | None, ...] = (None, None)
         if losses.requires_grad:
             gradients = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
-    return losses.detach().double().sum(), log_probs, entropy, gradients[0], gradients[1]
+    return losses.detach().double().sum(), gradients[0], gradients[1]
 
 
 def _check_is_one(grad_loss: Tensor) -> None:

@@ -107,20 +107,22 @@ def no_statistics(num_tokens: int, entropy: bool, *, dtype: torch.dtype, device:
 
 
 def reduce_tile(
-    x: Tensor, column: Tensor, *, temperature: float, entropy: bool, out: Tensor, scratch: Tensor
+    x: Tensor, column: Tensor, *, temperature: float, entropy: bool, out: Tensor, scratch: Tensor, keep: bool = False
 ) -> Tensor:
-    """[3 or 4, C] statistics (m, s, t and, for the entropy, u) of a tile; out becomes exp((x - m) / temperature).
+    """[3 or 4, C] statistics (m, s, t and, for the entropy, u) of a tile.
 
     Args:
         x: [C, D], at least one column, any floating dtype.
         column: [C] int64, the label's column in the tile; anything outside [0, D) where it has none.
         temperature: divides the logits.
         entropy: also compute u.
-        out: [C, D] in `statistics_dtype`; may be x.
+        out: [C, D] in `statistics_dtype`, overwritten; may be x.
         scratch: [C, D] like out, and not out; overwritten, if the entropy is asked for.
+        keep: leave exp((x - m) / temperature) in `out`; otherwise it holds anything.
     """
     if triton_kernels.can_run(x):
-        return triton_kernels.reduce_tile(x, column, temperature=temperature, entropy=entropy, out=out)
+        kept = out if keep else None
+        return triton_kernels.reduce_tile(x, column, temperature=temperature, entropy=entropy, out=kept)
     owned = (column >= 0) & (column < x.shape[1])
     maximum = x.amax(1).to(out.dtype)
     target = x.gather(1, column.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
@@ -219,34 +221,40 @@ def gradient_of_logits(
         maximum: [C], over the whole vocabulary.
         factors: of the C tokens.
         temperature: divides the logits.
-        out: [C, D] in maximum's dtype (the Triton kernel writes any); may be x.
-        scratch: [C, D] like out, and not out; overwritten, if factors.slope is given.
+        out: [C, D] in maximum's dtype; may be x. Of another dtype, x must be of maximum's, and is overwritten.
+        scratch: [C, D] of maximum's dtype, neither x nor out; overwritten, if factors.slope is given.
     """
     if triton_kernels.can_run(x):
-        inverse = 1.0 / temperature
-        triton_kernels.gradient(x, column, maximum, factors.offset, factors.slope, factors.at_label, inverse, out=out)
+        _triton_gradient(x, column, maximum, factors, 1.0 / temperature, out, exponentials=False)
         return
-    _shift(x, maximum, temperature, out=out)
+    d = out if out.dtype == maximum.dtype else x
+    _shift(x, maximum, temperature, out=d)
     if factors.slope is None:
-        out.exp_().mul_(factors.offset[:, None])
+        d.exp_().mul_(factors.offset[:, None])
     else:
-        e = torch.exp(out, out=scratch)
-        torch.addcmul(factors.offset[:, None], out, factors.slope[:, None], out=out).mul_(e)
-    _add_at_label(out, column, factors.at_label)
+        e = torch.exp(d, out=scratch)
+        torch.addcmul(factors.offset[:, None], d, factors.slope[:, None], out=d).mul_(e)
+    _add_at_label(d, column, factors.at_label)
+    if d is not out:
+        out.copy_(d)
 
 
 def gradient_of_exponentials(
-    e: Tensor, column: Tensor, shift: Tensor, factors: GradientFactors, *, scratch: Tensor
+    e: Tensor, column: Tensor, shift: Tensor, factors: GradientFactors, *, out: Tensor, scratch: Tensor
 ) -> None:
-    """As `gradient_of_logits`, from what `reduce_tile` left, e [C, D] about the tile's own maximum m; e is overwritten.
+    """As `gradient_of_logits`, from what `reduce_tile` left: e about the tile's own maximum m.
 
     Args:
-        e: [C, D] exp((x - m) / temperature).
+        e: [C, D] exp((x - m) / temperature); overwritten.
         column: [C] int64, the label's column in the tile; anything outside [0, D) where it has none.
         shift: [C], (m - M) / temperature, <= 0.
         factors: of the C tokens.
-        scratch: [C, D] like e; overwritten, if factors.slope is given.
+        out: [C, D] of any floating dtype; may be e.
+        scratch: [C, D] like e, and neither e nor out; overwritten, if factors.slope is given.
     """
+    if triton_kernels.can_run(e):
+        _triton_gradient(e, column, shift, factors, 1.0, out, exponentials=True)
+        return
     scale = shift.exp()
     if factors.slope is None:
         e.mul_((factors.offset * scale)[:, None])
@@ -256,6 +264,31 @@ def gradient_of_exponentials(
         torch.addcmul((factors.offset + factors.slope * shift)[:, None], d, factors.slope[:, None], out=d)
         e.mul_(d).mul_(scale[:, None])
     _add_at_label(e, column, factors.at_label)
+    if e is not out:
+        out.copy_(e)
+
+
+def _triton_gradient(
+    x: Tensor,
+    column: Tensor,
+    shift: Tensor,
+    factors: GradientFactors,
+    inverse_temperature: float,
+    out: Tensor,
+    *,
+    exponentials: bool,
+) -> None:
+    triton_kernels.gradient(
+        x,
+        column,
+        shift,
+        factors.offset,
+        factors.slope,
+        factors.at_label,
+        inverse_temperature=inverse_temperature,
+        exponentials=exponentials,
+        out=out,
+    )
 
 
 _SMALLEST_LOG = -1e3

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_rl.algorithms.aggregation import GlobalCounts, aggregation_weights, weighted_sum
+from megatron_rl.algorithms.aggregation import GlobalCounts, aggregation_weights, weighted, weighted_sum
 from megatron_rl.algorithms.combined_loss import combined_loss
 from megatron_rl.algorithms.diagnostics import policy_change_metrics
 from megatron_rl.algorithms.importance import correction_weights, importance_metrics, log_ratios
@@ -21,7 +21,8 @@ from megatron_rl.algorithms.value_loss import clipped_value_loss, value_loss, va
 from megatron_rl.config.functions import Bound
 from megatron_rl.config.schema import AlgorithmConfig, CorrectionMethod, KLPlace
 from megatron_rl.data.packing import PackedRow
-from megatron_rl.trainer.policy_losses import loss_metrics
+from megatron_rl.parallel.fused_linear_token_loss import TokenLosses, Tokens
+from megatron_rl.trainer.policy_losses import TOKEN_LOSSES, loss_metrics
 
 Loss = tuple[Tensor, dict[str, Metric]]
 
@@ -50,6 +51,11 @@ class SupervisedObjective:
         """A row's part of the loss. The rows' counts add up to 1 per optimizer step: a step's updates are averaged."""
         return Metric("mean", float(loss.detach()), float(row.loss_mask.sum()) / self.counts.num_tokens)
 
+    def token_losses(self, row: PackedRow) -> TokenLosses | None:
+        """See engine.step.LossFunction."""
+        weights = self.weights(row)
+        return lambda log_probs, entropy, tokens: weighted(sft_loss(log_probs), weights[tokens])
+
     def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Loss:
         """See engine.step.LossFunction."""
         loss = weighted_sum(sft_loss(log_probs), self.weights(row))
@@ -70,20 +76,51 @@ class PolicyGradientObjective(SupervisedObjective):
     kl_coefficient: float
     """Of this step."""
 
+    def _values(self, log_probs: Tensor, entropy: Tensor, row: PackedRow, tokens: Tokens) -> dict[str, Any]:
+        """What a policy loss may ask for, of some tokens of the row."""
+        per_token = row.per_token
+        reference = per_token.get("ref_log_probs")
+        return dict(
+            log_probs=log_probs,
+            old_log_probs=log_probs.detach() if self.on_policy else per_token["old_log_probs"][tokens],
+            advantages=per_token["advantages"][tokens],
+            rollout_log_probs=per_token["rollout_log_probs"][tokens],
+            ref_log_probs=None if reference is None else reference[tokens],
+            entropy=entropy,
+            loss_mask=row.loss_mask[tokens],
+            cu_seqlens=row.cu_seqlens,
+        )
+
+    def token_losses(self, row: PackedRow) -> TokenLosses | None:
+        """See engine.step.LossFunction."""
+        algorithm, weights, correction = self.algorithm, self.weights(row), None
+        if algorithm.policy_loss.name not in TOKEN_LOSSES:
+            return None
+        if algorithm.correction.method is not CorrectionMethod.metrics_only:
+            if self.on_policy:
+                return None  # the old policy's log-probs are not known before the row's own
+            correction, _ = self._correction(row.per_token["old_log_probs"], row)
+
+        def losses(log_probs: Tensor, entropy: Tensor, tokens: Tokens) -> Tensor:
+            values = self._values(log_probs, entropy, row, tokens)
+            total = self.policy_loss(**values)
+            if correction is not None:
+                total = total * correction[tokens]
+            if algorithm.entropy_coefficient:
+                total = total - algorithm.entropy_coefficient * entropy
+            if values["ref_log_probs"] is not None and algorithm.kl.place is KLPlace.loss:
+                total = total + self.kl_coefficient * self._kl(
+                    log_probs, values["old_log_probs"], values["ref_log_probs"]
+                )
+            return weighted(total, weights[tokens])
+
+        return losses
+
     def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Loss:
         """See engine.step.LossFunction."""
         algorithm, mask, per_token = self.algorithm, row.loss_mask, row.per_token
-        old = log_probs.detach() if self.on_policy else per_token["old_log_probs"]
-        values: dict[str, Any] = dict(
-            log_probs=log_probs,
-            old_log_probs=old,
-            advantages=per_token["advantages"],
-            rollout_log_probs=per_token["rollout_log_probs"],
-            ref_log_probs=per_token.get("ref_log_probs"),
-            entropy=entropy,
-            loss_mask=mask,
-            cu_seqlens=row.cu_seqlens,
-        )
+        values = self._values(log_probs, entropy, row, slice(None))
+        old = values["old_log_probs"]
         losses = self.policy_loss(**values)
         correction, metrics = self._correction(old, row)
         if correction is not None:

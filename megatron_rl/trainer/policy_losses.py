@@ -51,6 +51,9 @@ LOSSES: dict[str, Function] = {
     "reinforce": reinforce_loss,
 }
 
+TOKEN_LOSSES = ("ppo_clip", "cispo", "importance_weighted", "reinforce")
+"""Those in which a token's loss depends on that token alone; the head differentiates them in its forward pass."""
+
 LossMetrics = Callable[[PolicyLossConfig, dict[str, Any]], dict[str, Metric]]
 
 
