@@ -30,11 +30,11 @@ NON_FINITE_LOSSES = "optim/non_finite_losses"
 LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
 """(log_probs [T], entropy [T], row) -> (loss, metrics) for a policy; (values [T], row) for a scalar model.
 
-An objective may have a method `token_losses(row)`. It returns the row's loss token by token, a function of log-probs [n],
-entropy [n] and the indices of these tokens in the row, whose values [n] add up to the loss; or None, if the loss of a
-token depends on others. The gradient is then formed in the forward pass (`parallel.fused_linear_token_loss`), which saves
-a quarter of the head's work, and the objective itself is called for its metrics, without gradient. The method counts only
-in the class that defines it: a subclass is another loss.
+An objective may have a method `token_losses(row)`. It returns the row's loss token by token, a function of log-probs
+[n], entropy [n] and the indices of these tokens in the row, whose values [n] add up to the loss; or None, if the loss
+of a token depends on others. The gradient is then formed in the forward pass (`parallel.fused_linear_token_loss`),
+which saves a quarter of the head's work, and the objective itself is called for its metrics, without gradient. The
+method counts only in the class that defines it: a subclass is another loss.
 """
 
 
