@@ -142,9 +142,11 @@ def _check(value: Any, expected: Any, key: str, source: str) -> None:
     elif dataclasses.is_dataclass(expected):
         _expect(isinstance(value, dict), value, "a section of keys", key, source)
         hints = typing.get_type_hints(expected)
-        for name, item in value.items():
+        for name, item in list(value.items()):
             if name not in hints:
                 raise ConfigError(f"{source}: {_joined(key, name)}: unknown key; {_hint(key, str(name), list(hints))}")
+            if item is False and isinstance(hints[name], type) and "off" in getattr(hints[name], "__members__", ()):
+                value[name] = item = "off"  # as which YAML reads a bare `off`
             _check(item, hints[name], _joined(key, name), source)
     elif origin is list:
         _expect(isinstance(value, list), value, "a list", key, source)

@@ -133,6 +133,14 @@ class QuantizedFormat(Enum):
     nvfp4 = "nvfp4"
 
 
+class SyncVerify(Enum):
+    """How much of every weight synchronisation is proven; see `trainer/sync.py`."""
+
+    off = "off"
+    sample = "sample"
+    full = "full"
+
+
 class NonFinite(Enum):
     """What to do when the loss or the gradient norm is not finite."""
 
@@ -325,8 +333,11 @@ class SyncConfig:
 
     bucket_megabytes: float = 256.0
     """Weights travel in buckets of at most this size (a single larger tensor travels alone)."""
-    verify: bool = False
-    """After each sync, compare the engine's log-probs on probe tokens with the policy's and stop if they differ."""
+    timeout_seconds: float = 300.0
+    """Limit of any wait for a peer's weights."""
+    verify: SyncVerify = SyncVerify.off
+    """After each sync compare the engine's log-probs on probe prompts with the policy's, and on the way checksums of
+    its parameters: of every sixteenth, others each time (sample), or of all (full). A difference stops the run."""
     verify_tolerance: float = 1e-3
     """Largest log-prob difference that `verify` accepts, nats; for bfloat16 about 0.1."""
 

@@ -128,7 +128,7 @@ class Policy:
         reader.check(self.maps)
         with torch.no_grad():
             self._read_shards(reader, self.maps)
-            self._share_tied_embedding()
+            self._share_tied_embedding(reader)
 
     def _read_shards(self, reader: HFCheckpointReader, maps: list[TensorMap]) -> None:
         place = Place.of(self.groups)
@@ -136,12 +136,11 @@ class Policy:
             if tensor_map.name in self.parameters:
                 reader.read_shard(tensor_map, *place.in_group_of(tensor_map), self.parameters[tensor_map.name])
 
-    def _share_tied_embedding(self) -> None:
+    def _share_tied_embedding(self, reader: HFCheckpointReader) -> None:
         """The last pipeline stage's copy of a tied embedding holds the same rows as the first stage's."""
         gpt = self.models[-1]
         if gpt.share_embeddings_and_output_weights and gpt.post_process and not gpt.pre_process:
             embedding = next(m for m in self.maps if m.name == "embedding.word_embeddings.weight")
-            reader = HFCheckpointReader(self.hf_path)
             tp = self.groups.tp
             reader.read_shard(embedding, tp.rank(), tp.size(), gpt.output_layer.weight)
 

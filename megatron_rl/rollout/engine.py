@@ -25,6 +25,7 @@ from megatron_rl.config.schema import QuantizedFormat
 from megatron_rl.data.samples import Completion, Prompt
 from megatron_rl.rollout.isolation import guest, random_states_kept
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
+from megatron_rl.weights.exchange import EngineShard, Loader, OnFilled
 
 
 class RolloutEngine:
@@ -178,6 +179,29 @@ class RolloutEngine:
         from megatron_rl.rollout.reload import reload_weights
 
         self._engine.collective_rpc(reload_weights, args=(named_tensors,))
+        self._reset_prefix_cache()
+        self.weight_version = version
+
+    def load_shards(
+        self, shard: EngineShard, feed: Callable[[Loader], None], *, version: int, on_filled: OnFilled | None = None
+    ) -> None:
+        """Replace the weights by slices of trained shards, and forget what was computed with the old ones.
+
+        Every rank of the engine calls it with what belongs to its own shard.
+
+        Args:
+            shard: what will come.
+            feed: writes every slice to the loader that it is given, and ends its buckets.
+            version: stamped on every completion from now on.
+            on_filled: called with the name and the values of each parameter before vLLM prepares it for its kernels.
+
+        Raises:
+            TransferError: what came is not the engine's model; the engine is then unusable.
+        """
+        self._require_awake()
+        from megatron_rl.rollout.shard_loading import load_shards
+
+        self._engine.collective_rpc(load_shards, args=(shard, feed, on_filled))
         self._reset_prefix_cache()
         self.weight_version = version
 

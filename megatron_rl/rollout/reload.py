@@ -50,7 +50,7 @@ def reload_weights(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> 
     tensors = each_once(named_tensors)
     with set_current_vllm_config(worker.vllm_config), torch.no_grad():
         if current_platform.is_cpu():
-            _forget_expert_kernels(model)
+            forget_expert_kernels(model)
         initialize_layerwise_reload(model)
         if current_platform.is_cpu():
             _materialize_layers_loaded_by_copy(model)
@@ -61,7 +61,7 @@ def reload_weights(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> 
         _require_complete(model, expected - loaded)
         finalize_layerwise_reload(model, worker.model_config)
         if current_platform.is_cpu():
-            _repack_output_weight(model)
+            repack_output_weight(model)
 
 
 def each_once(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -84,7 +84,7 @@ def _require_complete(model: nn.Module, missing: set[str]) -> None:
         raise RuntimeError(f"weights for the engine lack {', '.join(sorted(missing))}")
 
 
-def _forget_expert_kernels(model: nn.Module) -> None:
+def forget_expert_kernels(model: nn.Module) -> None:
     """Expert weights are packed when their kernel is made, and only then."""
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)
@@ -116,7 +116,7 @@ def _keep_scales_of_int8_kernels(model: nn.Module) -> None:
             kernel.process_weights_after_loading = keeping(kernel.process_weights_after_loading)  # type: ignore[method-assign]
 
 
-def _repack_output_weight(model: nn.Module) -> None:
+def repack_output_weight(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
             layer.quant_method.process_weights_after_loading(layer)

@@ -90,7 +90,7 @@ class Reinforcement:
             seed=config.seed,
         )
         self.worker = RolloutWorker(engine, rewards, layout, groups)
-        self._sync = WeightSync(self.training, engine, self.prompts)
+        self._sync = WeightSync(self.training, engine, layout, self.prompts)
 
     @property
     def on_policy(self) -> bool:

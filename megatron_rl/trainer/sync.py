@@ -1,20 +1,37 @@
-"""Policy to engines: send the weights with their version, and on demand prove that they arrived."""
+"""Policy to engines: send the weights with their version, and on demand prove that they arrived.
+
+`sync.verify` has two instruments. Checksums of each parameter, taken where it is sent and again in the engine's memory
+before vLLM prepares it for its kernels, see every bit; log-probs of probe prompts see what the engine then computes.
+"""
 
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.config.schema import SyncConfig
+from megatron_rl.config.schema import QuantizedFormat, SyncConfig, SyncVerify
 from megatron_rl.data.packing import pack, unpack
 from megatron_rl.data.samples import Prompt, TrainingSequence
+from megatron_rl.device import this_device
+from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_log_probs
+from megatron_rl.placement.layout import Layout
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.trainer.training import Training
+from megatron_rl.weights.engine_table import engine_maps
+from megatron_rl.weights.exchange import EngineShard, Exchange, Loader, OnFilled
+from megatron_rl.weights.holders import EngineRanks, TrainedRanks, layer_of
+from megatron_rl.weights.process_group import ProcessGroupTransport
 from megatron_rl.weights.quantization import quantized_tensors
+from megatron_rl.weights.shard_plan import ShardPlan
 
 NUM_PROBES = 4
+_SAMPLED_OF = 16
+"""`sync.verify: sample` takes checksums of one parameter in so many, others each time."""
 
 
 class SyncMismatchError(RuntimeError):
@@ -24,41 +41,70 @@ class SyncMismatchError(RuntimeError):
 class WeightSync:
     """Sends the policy to this rank's engine."""
 
-    def __init__(self, training: Training, engine: RolloutEngine, prompts: Sequence[Prompt]) -> None:
-        """`prompts`: the first few serve as probes of `sync.verify`."""
+    def __init__(self, training: Training, engine: RolloutEngine, layout: Layout, prompts: Sequence[Prompt]) -> None:
+        """Plan the copies; collective. `prompts`: the first few serve as probes of `sync.verify`."""
         self.training, self.engine = training, engine
         self.config: SyncConfig = training.config.sync
         # A log-prob needs a token before it; doubled, a prompt of one token has one.
         probes = [prompt.token_ids for prompt in prompts[:NUM_PROBES]]
         self.probes = [ids if len(ids) > 1 else ids * 2 for ids in probes]
+        self._bucket_bytes = int(self.config.bucket_megabytes * 2**20)
+        policy = training.policy
+        if training.config.rollout.quantization is not None:
+            return  # vLLM's own loader places quantised tensors, which it wants whole
+        trained = trained_ranks(policy)
+        engines = EngineRanks(
+            num_engines=layout.num_engines,
+            tensor=layout.engine_size,
+            stage_of_layer=(0,) * len(trained.stage_of_layer),
+            num_experts=max((tensor_map.num_experts for tensor_map in policy.maps), default=0),
+        )
+        plan = plan_sync(policy, trained, engines, bucket_bytes=self._bucket_bytes)
+        rank = policy.groups.world.rank()
+        timeout = timedelta(seconds=self.config.timeout_seconds)
+        transport = ProcessGroupTransport(policy.groups.world, timeout=timeout, device=this_device())
+        self._exchange = Exchange(plan, rank, transport, this_device())
+        self._shard = EngineShard.of(plan, rank, engines.expert_rows(rank))
 
-    def __call__(self, version: int) -> dict[str, float]:
-        """Load the policy's present weights into the engine under `version`; collective.
+    def __call__(self, version: int, on_filled: OnFilled | None = None) -> dict[str, float]:
+        """Load the policy's present weights into the engine under `version`; collective. `on_filled`: see the engine.
 
         Raises:
+            TransferError: weights did not arrive as they were sent.
             SyncMismatchError: sync.verify found other log-probs in the engine than in the policy.
         """
         start = time.perf_counter()
-        num_bytes = 0
+        if (format := self.training.config.rollout.quantization) is not None:
+            num_bytes = self._send_quantized(format, version)
+        else:
+            num_bytes = self._send_shards(version, on_filled)
+        seconds = time.perf_counter() - start
+        if self.config.verify is not SyncVerify.off:
+            self._probe(version)
+        return {"sync/version": version, "sync/bytes": num_bytes, "sync/seconds": seconds}
 
-        def counted(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _send_shards(self, version: int, on_filled: OnFilled | None) -> int:
+        def feed(loader: Loader) -> None:
+            verify = verified_parameters(self.config.verify, version)
+            self._exchange.run(self.training.policy.parameters, loader, version=version, verify=verify)
+
+        self.engine.load_shards(self._shard, feed, version=version, on_filled=on_filled)
+        return self._exchange.received_bytes
+
+    def _send_quantized(self, format: QuantizedFormat, version: int) -> int:
+        policy, num_bytes = self.training.policy, 0
+
+        def counted() -> Iterator[tuple[str, Tensor]]:
             nonlocal num_bytes
-            for name, tensor in tensors:
+            tensors = policy.hf_tensors(bucket_bytes=self._bucket_bytes)
+            for name, tensor in quantized_tensors(format, tensors, policy.maps):
                 num_bytes += tensor.numel() * tensor.element_size()
                 yield name, tensor
 
-        bucket_bytes = int(self.config.bucket_megabytes * 2**20)
-        policy, format = self.training.policy, self.training.config.rollout.quantization
-        tensors = policy.hf_tensors(bucket_bytes=bucket_bytes)
-        if format is not None:
-            tensors = quantized_tensors(format, tensors, policy.maps)
-        self.engine.load_weights(counted(tensors), version=version)
-        seconds = time.perf_counter() - start
-        if self.config.verify:
-            self._verify(version)
-        return {"sync/version": version, "sync/bytes": num_bytes, "sync/seconds": seconds}
+        self.engine.load_weights(counted(), version=version)
+        return num_bytes
 
-    def _verify(self, version: int) -> None:
+    def _probe(self, version: int) -> None:
         sequences = [
             TrainingSequence(torch.tensor(ids).numpy(), torch.ones(len(ids) - 1).numpy()) for ids in self.probes
         ]
@@ -75,3 +121,41 @@ class WeightSync:
                 f"weights of version {version}: the engine's log-probs are off the policy's by {difference:.3g} nats, "
                 f"sync.verify_tolerance is {self.config.verify_tolerance:g}"
             )
+
+
+def trained_ranks(policy: Policy) -> TrainedRanks:
+    """The layout that a policy has; collective over its pipeline."""
+    groups = policy.groups
+    mine = sorted({layer for name in policy.parameters if (layer := layer_of(name)) is not None})
+    stages: list[list[int]] = [[] for _ in range(groups.pp.size())]
+    dist.all_gather_object(stages, mine, group=groups.pp)
+    stage_of_layer = {layer: stage for stage, layers in enumerate(stages) for layer in layers}
+    return TrainedRanks(
+        tensor=groups.tp.size(),
+        pipeline=groups.pp.size(),
+        data=groups.dp.size(),
+        stage_of_layer=tuple(stage_of_layer[layer] for layer in sorted(stage_of_layer)),
+        context=groups.cp.size(),
+        expert=groups.ep.size(),
+        expert_tensor=groups.etp.size(),
+    )
+
+
+def plan_sync(policy: Policy, trained: TrainedRanks, engines: EngineRanks, *, bucket_bytes: int) -> ShardPlan:
+    """The plan from a policy to engines that hold its dtype."""
+    name = str(policy.dtype).removeprefix("torch.")
+    heads = policy.hf.get("num_key_value_heads") or policy.hf["num_attention_heads"]
+    in_float32 = {hf_name for tensor_map in policy.maps if tensor_map.float32 for hf_name in tensor_map.hf_shapes}
+    sources = trained.entries(policy.maps, lambda tensor_map: "float32" if tensor_map.float32 else name)
+    targets = engines.entries(
+        engine_maps(policy.maps, num_key_value_heads=heads),
+        lambda tensor_map: name if in_float32.isdisjoint(tensor_map.hf_shapes) else "float32",
+    )
+    return ShardPlan(sources, targets, bucket_bytes=bucket_bytes)
+
+
+def verified_parameters(verify: SyncVerify, version: int) -> Callable[[str], bool]:
+    """Which of the engine's parameters `verify` takes checksums of; the same on every rank."""
+    if verify is SyncVerify.sample:
+        return lambda target: zlib.crc32(target.encode()) % _SAMPLED_OF == version % _SAMPLED_OF
+    return lambda target: verify is SyncVerify.full

@@ -47,7 +47,7 @@ CONFIG: dict[str, Any] = {
         "max_num_seqs": 32,
         "kv_cache_gigabytes": 0.02,
     },
-    "sync": {"verify": True},
+    "sync": {"verify": "full"},
     "rewards": {"functions": [{"name": "run_rewards:digits"}, {"name": "exact_match", "weight": 0.5}]},
     "algorithm": {"kl": {"coefficient": 0.05}, "entropy_coefficient": 0.01},
     "train": {"num_steps": NUM_STEPS, "micro_batch_tokens": 64},

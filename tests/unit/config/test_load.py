@@ -71,12 +71,16 @@ def test_relative_paths_of_data_stay_as_they_are(tmp_path: Path) -> None:
             "rewards: {functions: [{name: a, wieght: 1}]}",
             "a.yaml: rewards.functions[0].wieght: unknown key; did you mean rewards.functions[0].weight?",
         ),
-        ("sync: {zzz: 1}", "a.yaml: sync.zzz: unknown key; allowed: bucket_megabytes, verify, verify_tolerance"),
+        (
+            "sync: {zzz: 1}",
+            "a.yaml: sync.zzz: unknown key; allowed: bucket_megabytes, timeout_seconds, verify, verify_tolerance",
+        ),
         ("optimizer: {lr: fast}", "a.yaml: optimizer.lr: given 'fast', allowed: a number"),
         ("optimizer: {lr: true}", "a.yaml: optimizer.lr: given True, allowed: a number"),
         ("train: {num_steps: 1.5}", "a.yaml: train.num_steps: given 1.5, allowed: an integer"),
         ("train: {num_steps: null}", "a.yaml: train.num_steps: given null, allowed: an integer"),
-        ("sync: {verify: 1}", "a.yaml: sync.verify: given 1, allowed: true or false"),
+        ("sync: {verify: 1}", "a.yaml: sync.verify: given 1, allowed: off, sample, full"),
+        ("logging: {progress: 1}", "a.yaml: logging.progress: given 1, allowed: true or false"),
         ("output_dir: 3", "a.yaml: output_dir: given 3, allowed: a string"),
         ("recipe: grpo", "a.yaml: recipe: given 'grpo', allowed: rl, sft, preference, reward_model"),
         ("optimizer: 3", "a.yaml: optimizer: given 3, allowed: a section of keys"),
@@ -154,3 +158,10 @@ def test_a_saved_configuration_is_read_back_equal(tmp_path: Path) -> None:
     assert config.data.system_prompt == "π ${x}\ny: #"  # YAML folds the line break of a quoted string
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["off", "'off'", "sample"])
+def test_a_bare_off_is_a_word_where_the_schema_has_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"name: x\nmodel: {{hf_path: x}}\nsync: {{verify: {text}}}\n")
+    assert load_config(tmp_path / "a.yaml").sync.verify.name == text.strip("'")
+    assert load_config(tmp_path / "a.yaml", ["sync.verify=off"]).sync.verify.name == "off"

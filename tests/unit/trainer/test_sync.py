@@ -3,7 +3,7 @@
 That a real engine computes with what it was sent is shown where engines run; here is what happens if it does not.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,9 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rl.config.schema import Config, SyncConfig
+from megatron_rl.config.schema import Config, SyncConfig, SyncVerify
 from megatron_rl.data.packing import pack, unpack
 from megatron_rl.data.samples import Prompt, TrainingSequence
+from megatron_rl.placement.layout import Layout
+from megatron_rl.weights.checksum import add, checksum
+from megatron_rl.weights.exchange import EngineShard, Loader
+from megatron_rl.weights.shard_plan import Slice
 from tests.checkpoints import make_checkpoint
 from tests.distributed.spawn import run_ranks
 
@@ -32,12 +36,24 @@ class Engine:
     def __init__(self, answers: Sequence[Sequence[float]]) -> None:
         self.answers = answers
         self.loaded: dict[str, Tensor] = {}
+        self.checksums: dict[str, int] = {}
         self.version = 0
         self.probed: list[tuple[int, ...]] = []
 
-    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        self.loaded = {name: tensor.clone() for name, tensor in named_tensors}
+    def load_shards(self, shard: EngineShard, feed: Callable[[Loader], None], *, version: int, on_filled: None) -> None:
+        self.loaded = {name: torch.full(shape, torch.nan) for name, shape in shard.shapes.items()}
+        for name, dim, start, size in shard.zeros:
+            self.loaded[name].narrow(dim, start, size).zero_()
+        feed(self)
         self.version = version
+
+    def write(self, piece: Slice, values: Tensor, expected: int | None) -> None:
+        self.loaded[piece.target][piece.block.target_box] = values
+        if expected is not None:
+            self.checksums[piece.target] = add(self.checksums.get(piece.target, 0), expected)
+
+    def end_bucket(self) -> None:
+        pass
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> Sequence[Sequence[float]]:
         self.probed = [tuple(sequence) for sequence in sequences]
@@ -59,22 +75,25 @@ def sync_in_rank(rank: int, checkpoint: Path) -> dict[str, Any]:
     def changed(probe: int, by: float) -> list[list[float]]:
         return [[*values[:-1], values[-1] + by] if i == probe else values for i, values in enumerate(right)]
 
-    def sync(answers: list[list[float]], *, verify: bool = True) -> dict[str, Any]:
+    def sync(answers: list[list[float]], *, verify: SyncVerify = SyncVerify.full) -> dict[str, Any]:
         config = Config(sync=SyncConfig(verify=verify, verify_tolerance=TOLERANCE, bucket_megabytes=0.1))
         training = cast(Any, SimpleNamespace(config=config, policy=policy, pad_to_multiple=1))
         engine = Engine(answers)
         try:
-            metrics = WeightSync(training, cast(Any, engine), PROMPTS)(version=3)
+            metrics = WeightSync(training, cast(Any, engine), Layout(1, 1, 1), PROMPTS)(version=3)
         except SyncMismatchError as error:
             return {"error": str(error)}
-        return {"metrics": metrics, "version": engine.version, "loaded": engine.loaded, "probed": engine.probed}
+        return {"metrics": metrics, "version": engine.version, "loaded": engine.loaded, "probed": engine.probed} | {
+            "checksums": engine.checksums
+        }
 
     return {
         "right": sync(right),
         "near": sync(changed(1, 0.9 * TOLERANCE)),
         "far": sync(changed(1, -1.5 * TOLERANCE)),
         "nan": sync(changed(3, float("nan"))),
-        "unverified": sync(changed(1, 7.0), verify=False),
+        "unverified": sync(changed(1, 7.0), verify=SyncVerify.off),
+        "sampled": sync(right, verify=SyncVerify.sample),
     }
 
 
@@ -89,15 +108,35 @@ def outcome(checkpoint: Path) -> dict[str, Any]:
 
 
 def test_the_engine_gets_the_policy_under_its_version(outcome: dict[str, Any], checkpoint: Path) -> None:
-    expected = load_file(checkpoint / "model.safetensors")
+    tensors = load_file(checkpoint / "model.safetensors")
     loaded = outcome["right"]["loaded"]
+    # vLLM's names and shapes: three projections in one, two in another, 259 rows of the vocabulary padded to 320.
+    expected = {name: tensor for name, tensor in tensors.items() if "_proj" not in name or "o_proj" in name}
+    expected |= {name: tensor for name, tensor in tensors.items() if "down_proj" in name}
+    for layer in range(2):
+        attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+        for owner, fused, parts in ((attention, "qkv_proj", "qkv"), (mlp, "gate_up_proj", ("gate", "up"))):
+            stacked = torch.cat([tensors[f"{owner}{part}_proj.weight"] for part in parts])
+            expected[f"{owner}{fused}.weight"] = stacked
+    embedding = torch.zeros(320, 96)
+    embedding[:259] = tensors["model.embed_tokens.weight"]
+    expected["model.embed_tokens.weight"] = embedding
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
     assert outcome["right"]["version"] == 3
     metrics = outcome["right"]["metrics"]
     assert metrics["sync/version"] == 3
-    assert metrics["sync/bytes"] == 4 * sum(tensor.numel() for tensor in expected.values())
+    assert metrics["sync/bytes"] == 4 * sum(tensor.numel() for tensor in tensors.values())
     assert metrics["sync/seconds"] > 0
+
+
+def test_checksums_of_what_is_sent_are_those_of_what_arrived(outcome: dict[str, Any]) -> None:
+    loaded = outcome["right"]["loaded"]
+    assert outcome["right"]["checksums"] == {name: checksum(tensor) for name, tensor in loaded.items()}
+    sampled = outcome["sampled"]["checksums"]
+    assert sampled.items() <= outcome["right"]["checksums"].items()
+    assert 0 < len(sampled) < len(loaded)
+    assert outcome["unverified"]["checksums"] == {}
 
 
 def test_the_first_prompts_are_the_probes(outcome: dict[str, Any]) -> None:

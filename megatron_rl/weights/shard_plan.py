@@ -1,0 +1,466 @@
+"""Who copies which slice of which parameter to whom, so that trained shards become engine shards.
+
+Both sides are described by the same kind of table (`models/tensor_map.py`): a shard is made of runs of Hugging Face
+rows. So the plan is an intersection: where a run of a trained shard and a run of an engine's shard are the same
+elements, they are copied from the one place to the other. Interleaved query groups, stacked projections, replicated
+KV heads, numbered experts and padded vocabularies are all in the tables; nothing here knows of them.
+
+    sources x targets -> pairs that share tensors -> blocks per pair of shards -> a sender each -> buckets
+
+Every element of every target is written once. It comes from the rank itself where that holds it, and else from one of
+the replicas, which share the work of each parameter evenly and, where they can, serve different engines. Parameters
+travel in the order of the targets in buckets of bounded size, so an engine can load one while the next travels.
+
+Layers and experts repeat, so the blocks are computed once for each class of pairs and each rank enumerates only what
+it sends or receives: a plan of thousands of ranks takes seconds. Pure: no tensor, no process group, no device.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+from megatron_rl.models.tensor_map import TensorMap
+
+Ranks = tuple[int, ...]
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+"""Bytes of an element, by the name of its torch dtype."""
+_MIN_CUT_BYTES = 64 * 1024
+"""Parts of a parameter are not cut smaller than this for the sake of balance."""
+_NUMBERS = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter of one side, and the ranks that have it.
+
+    Attributes:
+        map: what its shards are made of; `map.name` names it on its side.
+        shards: ranks of each shard. Any rank of a source's shard may send it; every rank of a target's must get it.
+            A replicated map has a single shard. Entries on the same ranks share the same tuple object.
+        dtype: of the elements as they travel, a key of ITEMSIZE; for targets, what the engine holds.
+    """
+
+    map: TensorMap
+    shards: tuple[Ranks, ...]
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return ITEMSIZE[self.dtype]
+
+
+class Block(NamedTuple):
+    """A box that is copied from one shard to another: where it begins in each, and its size, by dimension.
+
+    Rows (the first dimension) are `source_step` apart in the source and `target_step` apart in the target.
+    """
+
+    source_start: tuple[int, ...]
+    target_start: tuple[int, ...]
+    size: tuple[int, ...]
+    source_step: int = 1
+    target_step: int = 1
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return prod(self.size)
+
+    @property
+    def source_box(self) -> tuple[slice, ...]:
+        """Index of the box in the source."""
+        return _index(self.source_start, self.size, self.source_step)
+
+    @property
+    def target_box(self) -> tuple[slice, ...]:
+        """Index of the box in the target."""
+        return _index(self.target_start, self.size, self.target_step)
+
+    def rows(self, begin: int, end: int) -> "Block":
+        """Rows [begin, end) of the box."""
+        first = (self.source_start[0] + begin * self.source_step, *self.source_start[1:])
+        second = (self.target_start[0] + begin * self.target_step, *self.target_start[1:])
+        return self._replace(source_start=first, target_start=second, size=(end - begin, *self.size[1:]))
+
+
+def _index(start: tuple[int, ...], size: tuple[int, ...], step: int) -> tuple[slice, ...]:
+    rows = slice(start[0], start[0] + (size[0] - 1) * step + 1, step)
+    return (rows, *(slice(a, a + n) for a, n in zip(start[1:], size[1:], strict=True)))
+
+
+class Slice(NamedTuple):
+    """A block of named parameters."""
+
+    source: str
+    target: str
+    block: Block
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that travel."""
+        return self.block.numel * ITEMSIZE[self.dtype]
+
+
+class _Cut(NamedTuple):
+    """A block with its place among ranks: the source's shard, the share of its replicas' work, and the receiver."""
+
+    source_shard: int
+    slot: int | None  # None: the receiver holds it
+    receiver: int
+    block: Block
+
+
+@dataclass
+class _Pattern:
+    """How a pair of entries is copied, by part; the same for all pairs of its class on the same ranks."""
+
+    parts: list[list[_Cut]]
+    part_bytes: int
+    takes_turns: bool
+    by_sender: list[dict[int, list[_Cut]]] = field(default_factory=list)
+    by_receiver: list[dict[int, list[_Cut]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            senders: dict[int, list[_Cut]] = {}
+            receivers: dict[int, list[_Cut]] = {}
+            for cut in part:
+                senders.setdefault(cut.source_shard, []).append(cut)
+                receivers.setdefault(cut.receiver, []).append(cut)
+            self.by_sender.append(senders)
+            self.by_receiver.append(receivers)
+
+
+class _Pair(NamedTuple):
+    """A source and a target that share tensors. `turn` counts the pairs of a class, which take turns at odd shares."""
+
+    source: Entry
+    target: Entry
+    pattern: _Pattern
+    turn: int
+
+    def sender(self, cut: _Cut) -> int:
+        if cut.slot is None:
+            return cut.receiver
+        replicas = self.source.shards[cut.source_shard]
+        return replicas[(cut.slot + self.turn) % len(replicas)]
+
+
+class ShardPlan:
+    """The copies of one synchronisation."""
+
+    def __init__(self, sources: Sequence[Entry], targets: Sequence[Entry], *, bucket_bytes: int) -> None:
+        """Plan the copies.
+
+        Args:
+            sources: parameters of the trained model.
+            targets: parameters of the engines, in the order in which they are to be loaded.
+            bucket_bytes: what a rank receives in one bucket, at most.
+
+        Raises:
+            ValueError: the sources do not make up every element of a target exactly once; it is named.
+        """
+        self.sources, self.targets = sources, targets
+        self._pairs = _pairs(sources, targets, bucket_bytes)
+        self.buckets = _buckets(self._pairs, bucket_bytes)
+        self._placed = [
+            {key: _places(shards) for key, shards in {id(entry.shards): entry.shards for entry in entries}.items()}
+            for entries in (sources, targets)
+        ]
+
+    @property
+    def num_buckets(self) -> int:
+        """Number of buckets."""
+        return len(self.buckets)
+
+    def sends(self, rank: int, bucket: int) -> dict[int, list[Slice]]:
+        """What a rank sends in a bucket, by receiver, in the order of the message; its own needs are in it too."""
+        out: dict[int, list[Slice]] = {}
+        for pair, part in self._items(bucket):
+            for shard in self._placed[0][id(pair.source.shards)].get(rank, ()):
+                for cut in pair.pattern.by_sender[part].get(shard, ()):
+                    if pair.sender(cut) == rank:
+                        out.setdefault(cut.receiver, []).append(_slice(pair, cut))
+        return out
+
+    def receives(self, rank: int, bucket: int) -> dict[int, list[Slice]]:
+        """What a rank gets in a bucket, by sender, in the order of the message."""
+        out: dict[int, list[Slice]] = {}
+        for pair, part in self._items(bucket):
+            for cut in pair.pattern.by_receiver[part].get(rank, ()):
+                out.setdefault(pair.sender(cut), []).append(_slice(pair, cut))
+        return out
+
+    def zeros(self, rank: int) -> Iterator[tuple[str, int, int, int]]:
+        """Rows of padding of a rank's targets: (target, dimension, start, size). Nobody sends them."""
+        for entry in self.targets:
+            for shard in self._placed[1][id(entry.shards)].get(rank, ()):
+                offset = 0
+                for run in entry.map.runs(shard, len(entry.shards)):
+                    if run.hf_name is None:
+                        yield entry.map.name, entry.map.dim, offset, run.size
+                    offset += run.size
+
+    def targets_of(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each target that a rank holds, padding included."""
+        return {
+            entry.map.name: entry.map.shard_shape(shard, len(entry.shards))
+            for entry in self.targets
+            for shard in self._placed[1][id(entry.shards)].get(rank, ())
+        }
+
+    def traffic(self) -> Counter[tuple[int, int]]:
+        """Bytes by (sender, receiver); what a rank copies to itself is under (rank, rank)."""
+        alike: Counter[tuple[int, int, int, int]] = Counter()
+        example: dict[tuple[int, int, int, int], _Pair] = {}
+        for pair in self._pairs:
+            turns = max(len(replicas) for replicas in pair.source.shards)
+            key = (id(pair.pattern), id(pair.source.shards), id(pair.target.shards), pair.turn % turns)
+            alike[key] += 1
+            example.setdefault(key, pair)
+        total: Counter[tuple[int, int]] = Counter()
+        for key, count in alike.items():
+            pair = example[key]
+            for part in pair.pattern.parts:
+                for cut in part:
+                    num_bytes = count * cut.block.numel * pair.target.itemsize
+                    total[pair.sender(cut), cut.receiver] += num_bytes
+        return total
+
+    def _items(self, bucket: int) -> Iterator[tuple[_Pair, int]]:
+        for index, part in self.buckets[bucket]:
+            yield self._pairs[index], part
+
+
+def _slice(pair: _Pair, cut: _Cut) -> Slice:
+    return Slice(pair.source.map.name, pair.target.map.name, cut.block, pair.target.dtype)
+
+
+def _places(shards: tuple[Ranks, ...]) -> dict[int, list[int]]:
+    """Shards of each rank."""
+    places: dict[int, list[int]] = {}
+    for shard, ranks in enumerate(shards):
+        for rank in ranks:
+            places.setdefault(rank, []).append(shard)
+    return places
+
+
+_Matrix = tuple[str, int | None, bool]
+"""A matrix of a checkpoint: tensor, index in it, whether it is transposed."""
+
+
+def _matrices(tensor_map: TensorMap) -> list[_Matrix]:
+    return [(hf_name, tensor_map.index, tensor_map.transposed) for hf_name in tensor_map.hf_shapes]
+
+
+def _pairs(sources: Sequence[Entry], targets: Sequence[Entry], bucket_bytes: int) -> list[_Pair]:
+    of_matrix: dict[_Matrix, list[Entry]] = {}
+    for entry in sources:
+        for matrix in _matrices(entry.map):
+            of_matrix.setdefault(matrix, []).append(entry)
+    patterns: dict[object, list[_Pattern]] = {}
+    turns: Counter[tuple[int, int]] = Counter()
+    receivers = {rank for entry in targets for ranks in entry.shards for rank in ranks}
+    apart = {
+        id(shards): receivers.isdisjoint(rank for ranks in shards for rank in ranks)
+        for shards in {id(entry.shards): entry.shards for entry in sources}.values()
+    }
+    pairs: list[_Pair] = []
+    for target in targets:
+        partners: dict[str, Entry] = {}
+        for matrix in _matrices(target.map):
+            if matrix not in of_matrix:
+                raise ValueError(f"{target.map.name} needs {matrix[0]}, which no trained parameter holds")
+            partners |= {entry.map.name: entry for entry in of_matrix[matrix]}
+        key = (
+            _class(target, apart=False),
+            *(_class(partner, apart=apart[id(partner.shards)]) for partner in partners.values()),
+        )
+        if key not in patterns:
+            patterns[key] = _plan_class(list(partners.values()), target, bucket_bytes)
+        for pattern, source in zip(patterns[key], partners.values(), strict=True):
+            place = (id(pattern), id(source.shards))
+            pairs.append(_Pair(source, target, pattern, turns[place] if pattern.takes_turns else 0))
+            turns[place] += 1
+    return pairs
+
+
+def _class(entry: Entry, *, apart: bool) -> object:
+    """Equal for parameters that differ in the numbers of their layer and expert alone, on the same ranks.
+
+    Sources that are `apart` from all receivers need not be on the same ranks, only on equally many.
+    """
+    shapes = tuple((_NUMBERS.sub("#", name), shape) for name, shape in entry.map.hf_shapes.items())
+    ranks = tuple(len(ranks) for ranks in entry.shards) if apart else id(entry.shards)
+    return (_NUMBERS.sub("#", entry.map.name), entry.map.dim, entry.map.index is None, shapes, ranks, entry.dtype)
+
+
+def _plan_class(sources: Sequence[Entry], target: Entry, bucket_bytes: int) -> list[_Pattern]:
+    """One pattern for each of the sources that together make up a target."""
+    targets = [_boxes(target, shard) for shard in range(len(target.shards))]
+    written = [0] * len(targets)
+    found: list[dict[tuple[int, int], list[Block]]] = []
+    for source in sources:
+        blocks: dict[tuple[int, int], list[Block]] = {}
+        for s in range(len(source.shards)):
+            of_shard = _boxes(source, s)
+            for t, wanted in enumerate(targets):
+                common = [block for a in of_shard for b in wanted if (block := _overlap(a, b)) is not None]
+                if common:
+                    blocks[s, t] = common
+                    written[t] += sum(block.numel for block in common)
+        found.append(blocks)
+    for t, boxes in enumerate(targets):
+        needed = sum(prod(box.size) for box in boxes)
+        if written[t] != needed:
+            names = ", ".join(source.map.name for source in sources)
+            raise ValueError(f"{target.map.name}: {names} make {written[t]} of its shard's {needed} elements")
+    return [_pattern(source, target, blocks, bucket_bytes) for source, blocks in zip(sources, found, strict=True)]
+
+
+class _Box(NamedTuple):
+    """A box of a matrix, of rows `step` apart, and where it begins in a shard."""
+
+    hf_name: str
+    start: tuple[int, ...]
+    local: tuple[int, ...]
+    size: tuple[int, ...]
+    step: int
+
+
+def _boxes(entry: Entry, shard: int) -> list[_Box]:
+    boxes, offset, dim = [], 0, entry.map.dim
+    for run in entry.map.runs(shard, len(entry.shards)):
+        if run.hf_name is not None:
+            shape = entry.map.matrix_shape(run.hf_name)
+            start, local, size = [0] * len(shape), [0] * len(shape), list(shape)
+            start[dim], local[dim], size[dim] = run.start, offset, run.size
+            assert dim == 0 or run.step == 1, "only rows are taken in steps"
+            boxes.append(_Box(run.hf_name, tuple(start), tuple(local), tuple(size), run.step))
+        offset += run.size
+    return boxes
+
+
+def _overlap(source: _Box, target: _Box) -> Block | None:
+    if source.hf_name != target.hf_name:
+        return None
+    rows = _common_rows(source, target)
+    first = [max(a, b) for a, b in zip(source.start[1:], target.start[1:], strict=True)]
+    ends = [
+        min(a + m, b + n)
+        for a, m, b, n in zip(source.start[1:], source.size[1:], target.start[1:], target.size[1:], strict=True)
+    ]
+    if not rows or any(end <= begin for begin, end in zip(first, ends, strict=True)):
+        return None
+    locals_of = [
+        (
+            box.local[0] + (rows[0] - box.start[0]) // box.step,
+            *(x + f - a for x, f, a in zip(box.local[1:], first, box.start[1:], strict=True)),
+        )
+        for box in (source, target)
+    ]
+    size = (len(rows), *(end - begin for begin, end in zip(first, ends, strict=True)))
+    return Block(locals_of[0], locals_of[1], size, rows.step // source.step, rows.step // target.step)
+
+
+def _common_rows(source: _Box, target: _Box) -> range:
+    """Rows that are in both boxes: two ranges of which one's step is a multiple of the other's."""
+    a, b = (range(x.start[0], x.start[0] + x.size[0] * x.step, x.step) for x in (source, target))
+    coarse, fine = (a, b) if a.step >= b.step else (b, a)
+    assert coarse.step % fine.step == 0
+    if (coarse.start - fine.start) % fine.step:
+        return range(0)
+    begin = max(coarse.start, coarse.start + -(-(fine.start - coarse.start) // coarse.step) * coarse.step)
+    return range(begin, min(coarse.stop, fine.stop), coarse.step)
+
+
+def _pattern(source: Entry, target: Entry, blocks: dict[tuple[int, int], list[Block]], bucket_bytes: int) -> _Pattern:
+    of_target: Counter[int] = Counter()
+    for (_, t), common in blocks.items():
+        of_target[t] += sum(block.numel for block in common) * target.itemsize
+    largest = max(of_target.values(), default=0)
+    num_parts = max(1, -(-largest // bucket_bytes))
+    parts: list[list[_Cut]] = []
+    odd = False
+    for part in range(num_parts):
+        cuts: list[_Cut] = []
+        for s, replicas in enumerate(source.shards):
+            lines: list[tuple[int, int, Block]] = []  # (engine, receiver, block)
+            for t, receivers in enumerate(target.shards):
+                piece = [b for block in blocks.get((s, t), ()) for b in _part_of(block, part, num_parts)]
+                for engine, receiver in enumerate(receivers):
+                    if receiver in replicas:
+                        cuts += [_Cut(s, None, receiver, block) for block in piece]
+                    else:
+                        lines += [(engine, receiver, block) for block in piece]
+            lines.sort(key=lambda line: line[:2])
+            shared, uneven = _share(s, lines, len(replicas), target.itemsize)
+            cuts += shared
+            odd = odd or uneven
+        parts.append(cuts)
+    return _Pattern(parts, -(-largest // num_parts), odd)
+
+
+def _part_of(block: Block, part: int, num_parts: int) -> list[Block]:
+    rows = block.size[0]
+    begin, end = part * rows // num_parts, (part + 1) * rows // num_parts
+    return [block.rows(begin, end)] if end > begin else []
+
+
+def _share(
+    shard: int, lines: Sequence[tuple[int, int, Block]], replicas: int, itemsize: int
+) -> tuple[list[_Cut], bool]:
+    """Give each replica an even share of the blocks, laid end to end in the order of the engines.
+
+    The line is cut between rows, at the multiples of 1/replicas of its length or, where these are shorter than
+    _MIN_CUT_BYTES, of as many shares as are not.
+
+    Returns:
+        The cuts, and whether shares are uneven, so that the pairs of the class must take turns.
+    """
+    total = sum(block.numel for _, _, block in lines)
+    shares = max(1, min(replicas, total * itemsize // _MIN_CUT_BYTES))
+    cuts: list[_Cut] = []
+    sizes: Counter[int] = Counter()
+    done = slot = 0
+    for _, receiver, block in lines:
+        row_numel = block.numel // block.size[0]
+        begin = 0
+        while begin < block.size[0]:
+            boundary = (slot + 1) * total / shares
+            rows = min(block.size[0] - begin, round((boundary - done) / row_numel))
+            if rows > 0:
+                cuts.append(_Cut(shard, slot, receiver, block.rows(begin, begin + rows)))
+                sizes[slot] += rows * row_numel
+                begin += rows
+                done += rows * row_numel
+            if begin < block.size[0]:
+                if slot == shares - 1:  # what rounding has left
+                    cuts.append(_Cut(shard, slot, receiver, block.rows(begin, block.size[0])))
+                    done += (block.size[0] - begin) * row_numel
+                    begin = block.size[0]
+                else:
+                    slot += 1
+    uneven = shares < replicas or any(abs(size * shares - total) > 0.02 * total for size in sizes.values())
+    return cuts, bool(lines) and uneven
+
+
+def _buckets(pairs: Sequence[_Pair], bucket_bytes: int) -> list[list[tuple[int, int]]]:
+    """(pair, part) of each bucket."""
+    buckets: list[list[tuple[int, int]]] = []
+    room = 0
+    for index, pair in enumerate(pairs):
+        for part in range(len(pair.pattern.parts)):
+            size = pair.pattern.part_bytes
+            if size > room or not buckets:
+                buckets.append([])
+                room = bucket_bytes
+            buckets[-1].append((index, part))
+            room -= size
+    return buckets
