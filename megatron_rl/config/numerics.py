@@ -17,6 +17,7 @@ from megatron_rl.config.schema import (
     ParallelConfig,
     QuantizedFormat,
     Recipe,
+    SyncVerify,
 )
 
 _TRAINABLE = (QuantizedFormat.fp8, QuantizedFormat.int8)
@@ -103,9 +104,9 @@ def _check_quantization(config: Config) -> None:
         if format is not None and format not in _TRAINABLE:
             _refuse(key, format, "fp8, int8; `megatron-rl quantize` makes checkpoints of the others")
     if model.quantization is None:
-        if rollout.quantization is not None and config.sync.verify:
-            allowed = "false with rollout.quantization unless model.quantization is the same: log-probs differ"
-            _refuse("sync.verify", True, allowed)
+        if rollout.quantization is not None and config.sync.verify is not SyncVerify.off:
+            allowed = "off with rollout.quantization unless model.quantization is the same: log-probs differ"
+            _refuse("sync.verify", config.sync.verify.name, allowed)
         return
     if config.recipe is Recipe.rl and rollout.quantization is not model.quantization:
         _refuse("rollout.quantization", rollout.quantization, f"{model.quantization.value}, as model.quantization")

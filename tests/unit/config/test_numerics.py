@@ -18,6 +18,7 @@ from megatron_rl.config.schema import (
     ParallelConfig,
     QuantizedFormat,
     Recipe,
+    SyncVerify,
 )
 
 SHAPE = ModelShape("Qwen3ForCausalLM", 4, 8, 4, 256, 512, 1000, 4096)
@@ -99,8 +100,8 @@ QAT = {"model__quantization": QuantizedFormat.fp8, "rollout__quantization": Quan
         ),
         ({**QAT, "rollout__tensor_model_parallel_size": 2}, "rollout.tensor_model_parallel_size: given 2"),
         (
-            {"rollout__quantization": QuantizedFormat.fp8, "sync__verify": True},
-            "sync.verify: given True",
+            {"rollout__quantization": QuantizedFormat.fp8, "sync__verify": SyncVerify.full},
+            "sync.verify: given 'full'",
         ),
     ],
 )
@@ -116,7 +117,7 @@ def test_refusals_say_why(given: dict[str, Any], message: str) -> None:
         {},
         FP8,
         QAT,
-        {**QAT, "sync__verify": True},
+        {**QAT, "sync__verify": SyncVerify.full},
         {"rollout__quantization": QuantizedFormat.int8},
         {"model__quantization": QuantizedFormat.int8, "recipe": Recipe.sft},
     ],
