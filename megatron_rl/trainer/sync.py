@@ -5,8 +5,7 @@ before vLLM prepares it for its kernels, see every bit; log-probs of probe promp
 """
 
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -23,15 +22,13 @@ from megatron_rl.placement.layout import Layout
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.trainer.training import Training
 from megatron_rl.weights.engine_table import engine_maps
-from megatron_rl.weights.exchange import EngineShard, Exchange, Loader, OnFilled
+from megatron_rl.weights.exchange import Exchange, Loader, OnFilled, Orders, verified
 from megatron_rl.weights.holders import EngineRanks, TrainedRanks, layer_of
 from megatron_rl.weights.process_group import ProcessGroupTransport
 from megatron_rl.weights.quantization import quantized_tensors
 from megatron_rl.weights.shard_plan import ShardPlan
 
 NUM_PROBES = 4
-_SAMPLED_OF = 16
-"""`sync.verify: sample` takes checksums of one parameter in so many, others each time."""
 
 
 class SyncMismatchError(RuntimeError):
@@ -63,8 +60,8 @@ class WeightSync:
         rank = policy.groups.world.rank()
         timeout = timedelta(seconds=self.config.timeout_seconds)
         transport = ProcessGroupTransport(policy.groups.world, timeout=timeout, device=this_device())
-        self._exchange = Exchange(plan, rank, transport, this_device())
-        self._shard = EngineShard.of(plan, rank, engines.expert_rows(rank))
+        self._orders = Orders.of(plan, rank, engines.expert_rows(rank))
+        self._exchange = Exchange(self._orders, transport)
 
     def __call__(self, version: int, on_filled: OnFilled | None = None) -> dict[str, float]:
         """Load the policy's present weights into the engine under `version`; collective. `on_filled`: see the engine.
@@ -85,11 +82,11 @@ class WeightSync:
 
     def _send_shards(self, version: int, on_filled: OnFilled | None) -> int:
         def feed(loader: Loader) -> None:
-            verify = verified_parameters(self.config.verify, version)
+            verify = verified(self.config.verify.name, version)
             self._exchange.run(self.training.policy.parameters, loader, version=version, verify=verify)
 
-        self.engine.load_shards(self._shard, feed, version=version, on_filled=on_filled)
-        return self._exchange.received_bytes
+        self.engine.load_shards(self._orders.shard, feed, version=version, on_filled=on_filled)
+        return self._orders.received_bytes
 
     def _send_quantized(self, format: QuantizedFormat, version: int) -> int:
         policy, num_bytes = self.training.policy, 0
@@ -152,10 +149,3 @@ def plan_sync(policy: Policy, trained: TrainedRanks, engines: EngineRanks, *, bu
         lambda tensor_map: name if in_float32.isdisjoint(tensor_map.hf_shapes) else "float32",
     )
     return ShardPlan(sources, targets, bucket_bytes=bucket_bytes)
-
-
-def verified_parameters(verify: SyncVerify, version: int) -> Callable[[str], bool]:
-    """Which of the engine's parameters `verify` takes checksums of; the same on every rank."""
-    if verify is SyncVerify.sample:
-        return lambda target: zlib.crc32(target.encode()) % _SAMPLED_OF == version % _SAMPLED_OF
-    return lambda target: verify is SyncVerify.full

@@ -10,17 +10,22 @@ add each slice's checksum and the loader compares the parameters that it has fil
     message = slices, each padded to 8 bytes | checksum of each slice, if verified | version | sum of the words before
 """
 
+import dataclasses
+import json
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_rl.weights.checksum import byte_sum, checksum
-from megatron_rl.weights.shard_plan import ShardPlan, Slice
+from megatron_rl.weights.shard_plan import Block, ShardPlan, Slice
 
 _ALIGNMENT = 8
+_SAMPLED_OF = 16
+"""`sync.verify: sample` takes checksums of one parameter in so many, others each time."""
 
 
 OnFilled = Callable[[str, Tensor], None]
@@ -44,11 +49,6 @@ class EngineShard:
     shapes: Mapping[str, tuple[int, ...]]
     zeros: tuple[tuple[str, int, int, int], ...]
     expert_rows: Mapping[int, int]
-
-    @classmethod
-    def of(cls, plan: ShardPlan, rank: int, expert_rows: Mapping[int, int]) -> "EngineShard":
-        """What a plan gives to a rank."""
-        return cls(plan.targets_of(rank), tuple(plan.zeros(rank)), expert_rows)
 
 
 class Loader(Protocol):
@@ -78,34 +78,82 @@ class Pending(Protocol):
 class Transport(Protocol):
     """Moves messages between ranks."""
 
+    def allocate(self, bucket: int, receiver: int, num_bytes: int) -> Tensor:
+        """Memory for a message to a receiver, [num_bytes] uint8."""
+        ...
+
     def post(self, bucket: int, outgoing: Mapping[int, Tensor], incoming: Mapping[int, int]) -> Pending:
         """Begin to send `outgoing` (receiver -> message) and to receive `incoming` (sender -> bytes)."""
         ...
 
 
 @dataclass(frozen=True)
-class _Bucket:
+class Bucket:
+    """What one rank does in a bucket: slices to send by receiver, to get by sender, and to copy from itself."""
+
     outgoing: dict[int, list[Slice]]
     incoming: dict[int, list[Slice]]
     own: list[Slice]
 
 
+@dataclass(frozen=True)
+class Orders:
+    """The part of one rank in a plan."""
+
+    buckets: list[Bucket]
+    shard: EngineShard
+    """What its engine expects; empty on a rank that only sends."""
+
+    @classmethod
+    def of(cls, plan: ShardPlan, rank: int, expert_rows: Mapping[int, int]) -> "Orders":
+        """The orders of a rank."""
+        buckets = []
+        for index in range(plan.num_buckets):
+            outgoing, incoming = plan.sends(rank, index), plan.receives(rank, index)
+            outgoing.pop(rank, None)
+            buckets.append(Bucket(outgoing, incoming, incoming.pop(rank, [])))
+        shard = EngineShard(plan.targets_of(rank), tuple(plan.zeros(rank)), expert_rows)
+        return cls(buckets, shard)
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of this rank's engine parameters that one synchronisation writes."""
+        return sum(
+            piece.num_bytes for b in self.buckets for pieces in (*b.incoming.values(), b.own) for piece in pieces
+        )
+
+    def to_json(self) -> str:
+        """As text, for a rank in another process."""
+        return json.dumps([[dataclasses.astuple(bucket) for bucket in self.buckets], dataclasses.astuple(self.shard)])
+
+    @classmethod
+    def from_json(cls, text: str) -> "Orders":
+        """Inverse of `to_json`."""
+        buckets, (shapes, zeros, expert_rows) = json.loads(text)
+        shard = EngineShard(
+            {name: tuple(shape) for name, shape in shapes.items()},
+            tuple(tuple(row) for row in zeros),
+            {int(expert): row for expert, row in expert_rows.items()},
+        )
+        read = [
+            Bucket(*({int(peer): _slices(rows) for peer, rows in side.items()} for side in sides), _slices(own))
+            for *sides, own in buckets
+        ]
+        return cls(read, shard)
+
+
+def _slices(rows: list[Any]) -> list[Slice]:
+    return [
+        Slice(source, target, Block(tuple(a), tuple(b), tuple(size), *steps), dtype)
+        for source, target, (a, b, size, *steps), dtype in rows
+    ]
+
+
 class Exchange:
     """The part of one rank in a plan: sender, receiver or both. Used again for every version."""
 
-    def __init__(self, plan: ShardPlan, rank: int, transport: Transport, device: torch.device | None = None) -> None:
-        self.rank, self.transport = rank, transport
-        self._device = device or torch.device("cpu")
-        self._buckets = [self._of_rank(plan, bucket) for bucket in range(plan.num_buckets)]
-        self.received_bytes = sum(
-            piece.num_bytes for b in self._buckets for pieces in (*b.incoming.values(), b.own) for piece in pieces
-        )
-        """Bytes of this rank's engine parameters that one synchronisation writes."""
-
-    def _of_rank(self, plan: ShardPlan, bucket: int) -> _Bucket:
-        outgoing, incoming = plan.sends(self.rank, bucket), plan.receives(self.rank, bucket)
-        outgoing.pop(self.rank, None)
-        return _Bucket(outgoing, incoming, incoming.pop(self.rank, []))
+    def __init__(self, orders: Orders, transport: Transport) -> None:
+        self._buckets, self.transport = orders.buckets, transport
 
     def run(
         self,
@@ -147,11 +195,36 @@ class Exchange:
     ) -> Pending:
         bucket = self._buckets[index]
         outgoing = {
-            receiver: _pack(pieces, parameters, version, verify, self._device)
+            receiver: self._pack(index, receiver, pieces, parameters, version, verify)
             for receiver, pieces in bucket.outgoing.items()
         }
         incoming = {sender: _message_bytes(pieces, verify) for sender, pieces in bucket.incoming.items()}
         return self.transport.post(index, outgoing, incoming)
+
+    def _pack(
+        self,
+        bucket: int,
+        receiver: int,
+        pieces: list[Slice],
+        parameters: Mapping[str, Tensor],
+        version: int,
+        verify: Callable[[str], bool],
+    ) -> Tensor:
+        message = self.transport.allocate(bucket, receiver, _message_bytes(pieces, verify))
+        checksums: list[int] = []
+        offset = 0
+        for piece in pieces:
+            values = _values(piece, parameters)
+            end = offset + piece.num_bytes
+            message[offset:end].view(values.dtype).view(piece.block.size).copy_(values)
+            if (expected := _expected(piece, values, verify)) is not None:
+                checksums.append(expected)
+            offset += _padded(piece.num_bytes)
+            message[end:offset] = 0
+        words = message.view(torch.int64)
+        words[offset // 8 : -1] = torch.tensor([*checksums, version], device=message.device)
+        words[-1] = byte_sum(message[:-8])
+        return message
 
     @staticmethod
     def _unpack(
@@ -192,25 +265,13 @@ def _message_bytes(pieces: list[Slice], verify: Callable[[str], bool]) -> int:
     return _payload_bytes(pieces) + 8 * sum(verify(piece.target) for piece in pieces) + 16
 
 
-def _pack(
-    pieces: list[Slice],
-    parameters: Mapping[str, Tensor],
-    version: int,
-    verify: Callable[[str], bool],
-    device: torch.device,
-) -> Tensor:
-    message = torch.empty(_message_bytes(pieces, verify), dtype=torch.uint8, device=device)
-    checksums: list[int] = []
-    offset = 0
-    for piece in pieces:
-        values = _values(piece, parameters)
-        end = offset + piece.num_bytes
-        message[offset:end].view(values.dtype).view(piece.block.size).copy_(values)
-        if (expected := _expected(piece, values, verify)) is not None:
-            checksums.append(expected)
-        offset += _padded(piece.num_bytes)
-        message[end:offset] = 0
-    words = message.view(torch.int64)
-    words[offset // 8 : -1] = torch.tensor([*checksums, version], device=device)
-    words[-1] = byte_sum(message[:-8])
-    return message
+def verified(verify: str, version: int) -> Callable[[str], bool]:
+    """Which of the engine's parameters `sync.verify` takes checksums of; the same on every rank.
+
+    Args:
+        verify: 'off', 'sample' or 'full'.
+        version: decides which ones are sampled.
+    """
+    if verify == "sample":
+        return lambda target: zlib.crc32(target.encode()) % _SAMPLED_OF == version % _SAMPLED_OF
+    return lambda target: verify == "full"

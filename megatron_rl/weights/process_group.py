@@ -21,6 +21,10 @@ class ProcessGroupTransport:
         self.group, self.timeout = group, timeout
         self._device = device or torch.device("cpu")
 
+    def allocate(self, bucket: int, receiver: int, num_bytes: int) -> Tensor:
+        """Memory on the group's device."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
     def post(self, bucket: int, outgoing: Mapping[int, Tensor], incoming: Mapping[int, int]) -> Pending:
         """Begin to send and to receive."""
         buffers = {

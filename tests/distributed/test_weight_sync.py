@@ -29,10 +29,14 @@ from tests.vllm_shards import vllm_shards
 # float32 against transformers, as in test_rollout_parallel.py.
 LOG_PROB_TOLERANCE = 5e-5
 NUM_TOKENS = 8
+# vLLM's CPU kernel of the rotary embedding is wrong for latent attention's heads; its own fallback is right.
+_WITHOUT_KERNEL: dict[str, Any] = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+ENGINE_ARGS = dict.fromkeys(("deepseek_v2", "deepseek_v3", "moonlight"), _WITHOUT_KERNEL)
 LAYOUTS = {
     "tp2": dict(tensor_model_parallel_size=2),
     "pp2": dict(pipeline_model_parallel_size=2),
     "dp2": {},
+    "ep2": dict(expert_model_parallel_size=2),
     "tp2_pp2": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
 }
 SHAPES: dict[str, dict[str, Any]] = {name: {} for name in FAMILIES} | {"llama_one_group": {"num_key_value_heads": 1}}
@@ -69,6 +73,7 @@ def sync_in_rank(
                 max_model_len=64,
                 max_num_seqs=4,
                 kv_cache_gigabytes=0.01,
+                engine_args=ENGINE_ARGS.get(family, {}),
             )
             placed = Layout(groups.tp.size(), engine_size=size, **sizes)
             sync = WeightSync(training, engine, placed, make_prompts())

@@ -1,0 +1,206 @@
+"""An engine in processes of its own, with the methods of `RolloutEngine`.
+
+A synchronisation, which every trained rank takes part in:
+
+    driver        pause -> ask the workers to load -> (all ranks send) -> name the version -> resume
+    on a failure  the engine stays paused or is ended, so none with a mixture of versions serves; it is started again
+                  and gets the current version, by another round of the same
+
+`update_mode` says what becomes of requests in flight: `keep` goes on with the new weights, their keys and values
+computed anew; `wait` finishes them first; `abort` ends them. A completion bears the oldest version with a part in it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.data.samples import Completion, Prompt
+from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
+from megatron_rl.rollout.server import EngineLost, EngineServer
+from megatron_rl.weights.exchange import Orders
+
+_START_SECONDS = 600.0
+_CONTROL_SECONDS = 60.0
+_HEALTH_SECONDS = 10.0
+
+
+class RemoteEngine:
+    """An engine's server and the rank's hold on it."""
+
+    def __init__(
+        self,
+        *,
+        model_path: str | Path,
+        arguments: Sequence[str],
+        folder: Path,
+        name: str,
+        decode: Callable[[Sequence[int]], str],
+        max_model_len: int,
+        update_mode: str = "keep",
+        generate_timeout_seconds: float = 3600.0,
+    ) -> None:
+        """Start the server and wait until it answers.
+
+        Args:
+            model_path: folder of a Hugging Face checkpoint; its weights are version 0.
+            arguments: of vLLM's server: sizes, dtype, parallelism.
+            folder: where weights pass through, shared with the trained ranks.
+            name: of this engine, for its files.
+            decode: token ids to text.
+            max_model_len: longest prompt + completion, tokens.
+            update_mode: 'keep', 'wait' or 'abort'.
+            generate_timeout_seconds: limit of one request.
+        """
+        self.max_model_len, self.weight_version = max_model_len, 0
+        self._model_path, self._arguments = str(model_path), list(arguments)
+        self._folder, self._name, self._decode = folder, name, decode
+        self._update_mode, self._generate_timeout = update_mode, generate_timeout_seconds
+        self.server = self._start()
+
+    def _start(self) -> EngineServer:
+        decided = ["--worker-extension-cls", "--logprobs-mode"]
+        assert not any(argument in decided for argument in self._arguments)
+        fixed = ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--max-model-len"]
+        log = self._folder / f"{self._name}.log"
+        server = EngineServer(self._model_path, [*fixed, str(self.max_model_len), *self._arguments], log=log)
+        try:
+            server.ready(_START_SECONDS)
+        except EngineLost:
+            server.kill()
+            raise
+        return server
+
+    def answers(self) -> bool:
+        """Whether the server is alive and not frozen."""
+        try:
+            self.server.get("/health", timeout_seconds=_HEALTH_SECONDS)
+        except EngineLost:
+            return False
+        return True
+
+    def restart(self) -> None:
+        """End what is left of the server and start it again; it has version 0 until the next synchronisation."""
+        self.server.kill()
+        self.weight_version = 0
+        self.server = self._start()
+
+    def write_orders(self, orders: dict[int, Orders]) -> None:
+        """Put down what each rank of the engine, by its number in the plan, does in a synchronisation."""
+        for rank, of_rank in orders.items():
+            (self._folder / f"orders_{rank}.json").write_text(of_rank.to_json())
+        self._first_rank = min(orders)
+
+    def load(self, messages: Path, *, version: int, verify: str, timeout_seconds: float) -> None:
+        """Load one version that the trained ranks put into the folder `messages`, and resume.
+
+        Raises:
+            EngineLost: the engine died, or has not loaded them; it is not resumed.
+        """
+        self.server.post("/pause", mode=self._update_mode, clear_cache="true", timeout_seconds=self._pause_seconds())
+        request = {
+            "version": version,
+            "verify": verify,
+            "timeout_seconds": timeout_seconds,
+            "folder": str(messages),
+            "orders": str(self._folder / "orders_{rank}.json"),
+            "first_rank": self._first_rank,
+        }
+        answer = self.server.post(
+            "/collective_rpc",
+            {"method": "load_trained_shards", "args": [json.dumps(request)]},
+            timeout_seconds=2 * timeout_seconds + _CONTROL_SECONDS,
+        )
+        errors = [worker["error"] for worker in answer["results"] if "error" in worker]
+        if errors:
+            raise EngineLost(errors[0])
+        self.server.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=_CONTROL_SECONDS)
+        self.server.post("/reset_prefix_cache", reset_running_requests="true", timeout_seconds=_CONTROL_SECONDS)
+        self.server.post("/resume", timeout_seconds=_CONTROL_SECONDS)
+        self.weight_version = version
+
+    def _pause_seconds(self) -> float:
+        return self._generate_timeout if self._update_mode == "wait" else _CONTROL_SECONDS
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_samples: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """As `RolloutEngine.generate`, and
+
+        Raises:
+            EngineLost: the server died, or a completion was aborted or took too long.
+        """
+        for prompt in prompts:
+            if not 0 < len(prompt.token_ids) < self.max_model_len:
+                raise RolloutError(
+                    f"prompt {prompt.prompt_id} ({prompt.source}) has {len(prompt.token_ids)} tokens; "
+                    f"rollout.max_model_len allows 1 to {self.max_model_len - 1}"
+                )
+        requests = [
+            (prompt, sample_seed(seed, sample))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+            for sample in range(num_samples)
+        ]
+        with ThreadPoolExecutor(max_workers=max(1, min(len(requests), 256))) as pool:
+            futures: list[Future[Completion]] = []
+            for prompt, seed in requests:
+                future = pool.submit(self._complete, prompt, sampling, seed)
+                if on_progress is not None:
+                    future.add_done_callback(lambda _: on_progress(1))
+                futures.append(future)
+            completions = [future.result() for future in futures]
+        return [completions[start : start + num_samples] for start in range(0, len(completions), num_samples)]
+
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
+        params: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": min(sampling.max_response_tokens, self.max_model_len - len(prompt.token_ids)),
+            "stop": list(sampling.stop),
+            "seed": seed,
+            "logprobs": 0,
+            "detokenize": bool(sampling.stop),
+        }
+        body = {"token_ids": list(prompt.token_ids), "sampling_params": params}
+        answer = self.server.post("/inference/v1/generate", body, timeout_seconds=self._generate_timeout)
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise EngineLost(f"prompt {prompt.prompt_id}: the engine ended a completion: {choice['finish_reason']!r}")
+        versions = [span["version"] for span in choice["weight_versions"] or []]
+        return Completion(
+            token_ids=tuple(choice["token_ids"]),
+            log_probs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
+            text=self._decode(choice["token_ids"]),
+            finish_reason=choice["finish_reason"],
+            weight_version=min((int(v) for v in versions if v.isdecimal()), default=0),
+        )
+
+    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As `RolloutEngine.log_probs`."""
+        out = []
+        for sequence in sequences:
+            params = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+            body = {"token_ids": list(sequence), "sampling_params": params}
+            answer = self.server.post("/inference/v1/generate", body, timeout_seconds=self._generate_timeout)
+            entries = answer["prompt_logprobs"][1:]
+            out.append([entry[str(token)]["logprob"] for entry, token in zip(entries, sequence[1:], strict=True)])
+        return out
+
+    def sleep(self) -> None:
+        """Nothing: the engine has devices of its own."""
+
+    def wake_up(self) -> None:
+        """Nothing: the engine has devices of its own."""
+
+    def shutdown(self) -> None:
+        """End the server."""
+        self.server.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)

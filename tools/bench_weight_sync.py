@@ -1,0 +1,209 @@
+"""Times a weight synchronisation of a 0.5B-parameter model against a plain copy of the same bytes.
+
+    python tools/bench_weight_sync.py [--layers 24] [--repeats 5]
+
+One process holds the trained model's tensors (Qwen2.5-0.5B's sizes, bfloat16, random) and a vLLM engine. All figures are
+medians of one run, on one core, and mean something only beside each other:
+
+    memory copy              of as many bytes, tensor by tensor: the floor
+    colocated, into memory   the plan carried out into tensors of the engine's shapes
+    shared memory            the same from another process, through /dev/shm
+    colocated, into vLLM     the same with vLLM's preparation of each layer for its kernels
+    whole tensors            exported by name and given to vLLM's own loader, as `reload_weights` does
+
+and the memory that a synchronisation takes on top, as the growth of the process' peak.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from megatron_rl.models.families import family_of
+from megatron_rl.models.tensor_map import TensorMap
+from megatron_rl.weights.engine_table import engine_maps
+from megatron_rl.weights.exchange import Exchange, Orders, Pending
+from megatron_rl.weights.folder import FolderTransport
+from megatron_rl.weights.holders import EngineRanks, TrainedRanks
+from megatron_rl.weights.shard_plan import ShardPlan, Slice
+
+BUCKET = 64 << 20
+SIZES = dict(
+    vocab_size=151936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+)
+
+
+class NoPeers:
+    """A transport for a rank that has everything itself."""
+
+    def allocate(self, bucket: int, receiver: int, num_bytes: int) -> Tensor:
+        raise AssertionError("nothing is sent")
+
+    def post(self, bucket: int, outgoing: object, incoming: object) -> Pending:
+        return self  # type: ignore[return-value]
+
+    def sent(self) -> None:
+        """Nothing was."""
+
+
+class Memory:
+    """A loader into plain tensors of the engine's shapes."""
+
+    def __init__(self, orders: Orders) -> None:
+        self.tensors = {n: torch.zeros(shape, dtype=torch.bfloat16) for n, shape in orders.shard.shapes.items()}
+
+    def write(self, piece: Slice, values: Tensor, expected: int | None) -> None:
+        self.tensors[piece.target][piece.block.target_box].copy_(values)
+
+    def end_bucket(self) -> None:
+        """Nothing to prepare."""
+
+
+def plan(maps: list[TensorMap], layers: int, first_rank: int) -> ShardPlan:
+    trained = TrainedRanks(1, 1, 1, (0,) * layers).entries(maps, lambda _: "bfloat16")
+    engines = EngineRanks(1, 1, (0,) * layers, first_rank=first_rank)
+    targets = engines.entries(engine_maps(maps, num_key_value_heads=2), lambda _: "bfloat16")
+    return ShardPlan(trained, targets, bucket_bytes=BUCKET)
+
+
+def timed(action: Callable[[], object], repeats: int) -> float:
+    """Median seconds, after one warm-up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[1:])
+
+
+def receive(folder: str, orders: str, rounds: int) -> None:
+    """The engine's process of the shared-memory figure."""
+    torch.set_num_threads(1)
+    told = Orders.from_json(orders)
+    memory = Memory(told)
+    Path(folder, "ready").touch()
+    for index in range(rounds):
+        transport = FolderTransport(Path(folder, str(index)), 1, timeout_seconds=120)
+        while not transport.folder.exists():
+            time.sleep(0.0005)
+        Exchange(told, transport).run({}, memory, version=index)
+        Path(folder, f"done{index}").touch()
+
+
+def shared_memory(parameters: dict[str, Tensor], maps: list[TensorMap], layers: int, repeats: int) -> float:
+    apart = plan(maps, layers, 1)
+    sender = Orders.of(apart, 0, {})
+    seconds = []
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        arguments = (folder, Orders.of(apart, 1, {}).to_json(), repeats + 1)
+        process = multiprocessing.get_context("spawn").Process(target=receive, args=arguments)
+        process.start()
+        while not Path(folder, "ready").exists():
+            time.sleep(0.01)
+        for index in range(repeats + 1):
+            messages = Path(folder, str(index))
+            begun = time.perf_counter()
+            messages.mkdir()
+            transport = FolderTransport(messages, 0, timeout_seconds=120)
+            Exchange(sender, transport).run(parameters, None, version=index)
+            while not Path(folder, f"done{index}").exists():
+                time.sleep(0.0005)
+            seconds.append(time.perf_counter() - begun)
+        process.join()
+    return statistics.median(seconds[1:])
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    config = AutoConfig.for_model("qwen2", **SIZES, num_hidden_layers=arguments.layers, dtype="bfloat16")
+    config.architectures = ["Qwen2ForCausalLM"]
+    maps = family_of(config.to_dict()).tensor_maps(config.to_dict())
+    parameters = {m.name: torch.randn(m.shard_shape(0, 1)).bfloat16() for m in maps}
+    num_bytes = sum(tensor.nbytes for tensor in parameters.values())
+    print(f"{num_bytes / 2e6:.0f}M parameters, {num_bytes / 1e6:.0f} MB, buckets of {BUCKET / 2**20:.0f} MiB")
+
+    copies = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+    floor = timed(lambda: [copies[name].copy_(tensor) for name, tensor in parameters.items()], arguments.repeats)
+    show("memory copy", floor, floor)
+    del copies
+    orders = Orders.of(plan(maps, arguments.layers, 0), 0, {})
+    exchange, memory = Exchange(orders, NoPeers()), Memory(orders)
+    before = peak_megabytes()
+    show("colocated, into memory", timed(lambda: exchange.run(parameters, memory, version=1), arguments.repeats), floor)
+    print(f"{'':26} peak grew by {peak_megabytes() - before:.0f} MB")
+    del memory
+    show("shared memory", shared_memory(parameters, maps, arguments.layers, arguments.repeats), floor)
+    into_vllm(config, parameters, maps, orders, exchange, arguments.repeats, floor)
+
+
+def into_vllm(
+    config: object,
+    parameters: dict[str, Tensor],
+    maps: list[TensorMap],
+    orders: Orders,
+    exchange: Exchange,
+    repeats: int,
+    floor: float,
+) -> None:
+    """The figures that need an engine."""
+    from megatron_rl.rollout.engine import RolloutEngine
+    from megatron_rl.weights.gather import assemble
+    from tests.checkpoints import make_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)  # type: ignore[attr-defined]
+        make_tokenizer().save_pretrained(folder)
+        engine = RolloutEngine(
+            model_path=folder,
+            max_model_len=64,
+            kv_cache_gigabytes=0.02,
+            max_num_seqs=4,
+            engine_args={"load_format": "dummy"},
+        )
+
+        def whole() -> Iterator[tuple[str, Tensor]]:
+            for tensor_map in maps:
+                yield from assemble(tensor_map, [parameters[tensor_map.name]])
+
+        def shards() -> None:
+            engine.load_shards(
+                orders.shard, lambda loader: exchange.run(parameters, loader, version=1), version=1
+            )
+
+        before = peak_megabytes()
+        show("colocated, into vLLM", timed(shards, repeats), floor)
+        print(f"{'':26} peak grew by {peak_megabytes() - before:.0f} MB")
+        before = peak_megabytes()
+        show("whole tensors", timed(lambda: engine.load_weights(whole(), version=2), repeats), floor)
+        print(f"{'':26} peak grew by {peak_megabytes() - before:.0f} MB")
+        engine.shutdown()
+
+
+def show(name: str, seconds: float, floor: float) -> None:
+    print(f"{name:26} {seconds:7.3f} s {seconds / floor:6.2f} x", flush=True)
+
+
+if __name__ == "__main__":
+    main()
