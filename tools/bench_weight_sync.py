@@ -188,9 +188,7 @@ def into_vllm(
                 yield from assemble(tensor_map, [parameters[tensor_map.name]])
 
         def shards() -> None:
-            engine.load_shards(
-                orders.shard, lambda loader: exchange.run(parameters, loader, version=1), version=1
-            )
+            engine.load_shards(orders.shard, lambda loader: exchange.run(parameters, loader, version=1), version=1)
 
         before = peak_megabytes()
         show("colocated, into vLLM", timed(shards, repeats), floor)

@@ -61,7 +61,7 @@ class HFTensorIterator:
         for bucket in self._buckets:
             shards = self._gather(bucket)
             for index, tensor_map in enumerate(bucket):
-                yield from _assemble(tensor_map, [rank[index] for rank in shards])
+                yield from assemble(tensor_map, [rank[index] for rank in shards])
 
     def _gather(self, bucket: list[TensorMap]) -> list[list[Tensor]]:
         """The bucket's shards, indexed [tp_rank][position in the bucket]."""
@@ -85,7 +85,7 @@ class HFTensorIterator:
         ]
 
 
-def _assemble(tensor_map: TensorMap, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def assemble(tensor_map: TensorMap, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Write every run of every shard back to its place in the Hugging Face tensors."""
     if tensor_map.replicated:
         yield next(iter(tensor_map.hf_shapes)), shards[0]
