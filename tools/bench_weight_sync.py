@@ -2,8 +2,8 @@
 
     python tools/bench_weight_sync.py [--layers 24] [--repeats 5]
 
-One process holds the trained model's tensors (Qwen2.5-0.5B's sizes, bfloat16, random) and a vLLM engine. All figures are
-medians of one run, on one core, and mean something only beside each other:
+One process holds the trained model's tensors (Qwen2.5-0.5B's sizes, bfloat16, random) and a vLLM engine. All figures
+are medians of one run, on one core, and mean something only beside each other:
 
     memory copy              of as many bytes, tensor by tensor: the floor
     colocated, into memory   the plan carried out into tensors of the engine's shapes
@@ -144,18 +144,26 @@ def main() -> None:
     num_bytes = sum(tensor.nbytes for tensor in parameters.values())
     print(f"{num_bytes / 2e6:.0f}M parameters, {num_bytes / 1e6:.0f} MB, buckets of {BUCKET / 2**20:.0f} MiB")
 
-    copies = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
-    floor = timed(lambda: [copies[name].copy_(tensor) for name, tensor in parameters.items()], arguments.repeats)
+    floor = memory_copy(parameters, arguments.repeats)
     show("memory copy", floor, floor)
-    del copies
     orders = Orders.of(plan(maps, arguments.layers, 0), 0, {})
-    exchange, memory = Exchange(orders, NoPeers()), Memory(orders)
-    before = peak_megabytes()
-    show("colocated, into memory", timed(lambda: exchange.run(parameters, memory, version=1), arguments.repeats), floor)
-    print(f"{'':26} peak grew by {peak_megabytes() - before:.0f} MB")
-    del memory
+    exchange = Exchange(orders, NoPeers())
+    into_memory(exchange, Memory(orders), parameters, arguments.repeats, floor)
     show("shared memory", shared_memory(parameters, maps, arguments.layers, arguments.repeats), floor)
     into_vllm(config, parameters, maps, orders, exchange, arguments.repeats, floor)
+
+
+def memory_copy(parameters: dict[str, Tensor], repeats: int) -> float:
+    """Seconds of copying every tensor to one that is there already."""
+    copies = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+    return timed(lambda: [copies[name].copy_(tensor) for name, tensor in parameters.items()], repeats)
+
+
+def into_memory(exchange: Exchange, memory: Memory, parameters: dict[str, Tensor], repeats: int, floor: float) -> None:
+    """The plan alone."""
+    before = peak_megabytes()
+    show("colocated, into memory", timed(lambda: exchange.run(parameters, memory, version=1), repeats), floor)
+    print(f"{'':26} peak grew by {peak_megabytes() - before:.0f} MB")
 
 
 def into_vllm(
