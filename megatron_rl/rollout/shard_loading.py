@@ -169,7 +169,7 @@ def _is_derived(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def load_shards(
-    worker: Any, shard: EngineShard, feed: Callable[[ShardLoader], None], on_filled: OnFilled | None
+    worker: Any, shard: EngineShard, feed: Callable[[ShardLoader], None], on_filled: OnFilled | None = None
 ) -> None:
     """Load one version into vLLM's worker; to be called through `collective_rpc`, with no request running.
 

@@ -135,11 +135,12 @@ class Orders:
             tuple(tuple(row) for row in zeros),
             {int(expert): row for expert, row in expert_rows.items()},
         )
-        read = [
-            Bucket(*({int(peer): _slices(rows) for peer, rows in side.items()} for side in sides), _slices(own))
-            for *sides, own in buckets
-        ]
+        read = [Bucket(_by_peer(outgoing), _by_peer(incoming), _slices(own)) for outgoing, incoming, own in buckets]
         return cls(read, shard)
+
+
+def _by_peer(side: dict[str, list[Any]]) -> dict[int, list[Slice]]:
+    return {int(peer): _slices(rows) for peer, rows in side.items()}
 
 
 def _slices(rows: list[Any]) -> list[Slice]:
