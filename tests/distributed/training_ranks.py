@@ -45,10 +45,15 @@ NUM_STEPS = 5
 
 def start_policy(checkpoint: Path, layout: str, **model: Any) -> Policy:
     """Join the world at a layout and build the float32 policy of a checkpoint."""
-    parallel = ParallelConfig(**LAYOUTS[layout][1])
+    parallel = parallel_of(layout)
     groups = initialize(parallel, seed=1)
     settings = ModelConfig(hf_path=str(checkpoint), params_dtype=Dtype.float32, **model)
     return Policy(settings, groups, parallel)
+
+
+def parallel_of(layout: str) -> ParallelConfig:
+    """The settings of a layout."""
+    return ParallelConfig(**LAYOUTS[layout][1])
 
 
 def recorded_rollouts(num_sequences: int = 12) -> list[TrainingSequence]:

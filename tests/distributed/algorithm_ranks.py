@@ -1,0 +1,169 @@
+"""One update's loss and gradient of every objective, on recorded sequences, as a spawned rank computes them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
+from megatron_rl.config.schema import (
+    Aggregation,
+    AlgorithmConfig,
+    CorrectionConfig,
+    CorrectionLevel,
+    CorrectionMethod,
+    CriticConfig,
+    Dtype,
+    KLConfig,
+    KLEstimator,
+    ModelConfig,
+    OptimizerConfig,
+    PolicyLossConfig,
+    PreferenceConfig,
+)
+from megatron_rl.data.preferences import Judged
+from megatron_rl.data.samples import TrainingSequence
+from megatron_rl.engine.optimizer import Optimizer
+from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.scalar_model import ScalarModel
+from megatron_rl.engine.step import LossFunction, forward_backward
+from megatron_rl.parallel.reductions import reduce_metrics
+from megatron_rl.trainer.minibatch import MiniBatch
+from megatron_rl.trainer.objectives import PolicyGradientObjective, ValueObjective
+from megatron_rl.trainer.policy_losses import resolve_policy_loss
+from megatron_rl.trainer.preference_losses import POLICY_LOSSES, REWARD_LOSSES, resolve_preference_loss
+from megatron_rl.trainer.preference_objectives import PreferenceObjective, RewardObjective
+from tests.distributed.training_ranks import parallel_of, recorded_rollouts, start_policy
+
+Results = dict[str, dict[str, float]]
+NORM = 16.0
+
+
+def _policy_gradients() -> dict[str, AlgorithmConfig]:
+    """Every policy loss, with different choices of the rest."""
+
+    def loss(name: str, bound: float) -> PolicyLossConfig:
+        return PolicyLossConfig(name=name, clip_low=bound, clip_high=bound)
+
+    def correction(method: CorrectionMethod, level: CorrectionLevel) -> CorrectionConfig:
+        return CorrectionConfig(method=method, level=level, low=0.2, high=5.0)
+
+    truncated = correction(CorrectionMethod.truncate, CorrectionLevel.token)
+    masked = correction(CorrectionMethod.mask, CorrectionLevel.geometric)
+    weighted = KLConfig(coefficient=0.1, estimator=KLEstimator.k3, weighted=True)
+    sums, means = Aggregation.sequence_mean_token_sum, Aggregation.sequence_mean_token_mean
+    return {
+        "ppo_clip": AlgorithmConfig(policy_loss=loss("ppo_clip", 0.5), kl=weighted, entropy_coefficient=0.01),
+        "ppo_trajectory": AlgorithmConfig(policy_loss=loss("ppo_trajectory", 1.0), aggregation=means),
+        "gspo": AlgorithmConfig(policy_loss=loss("gspo", 0.9), aggregation=means),
+        "gspo_token": AlgorithmConfig(policy_loss=loss("gspo_token", 0.9), correction=masked),
+        "cispo": AlgorithmConfig(policy_loss=loss("cispo", 0.9), correction=truncated),
+        "importance_weighted": AlgorithmConfig(
+            policy_loss=loss("importance_weighted", 0.2), aggregation=Aggregation.token_sum_norm
+        ),
+        "reinforce": AlgorithmConfig(policy_loss=loss("reinforce", 0.2), aggregation=sums),
+    }
+
+
+PREFERENCES = {
+    "dpo": PreferenceConfig(loss="dpo", label_smoothing=0.1, sft_coefficient=0.5),
+    "ipo": PreferenceConfig(loss="ipo", beta=0.5, length_normalized=True),
+    "simpo": PreferenceConfig(loss="simpo", beta=2.0, args={"gamma": 0.5}),
+    "orpo": PreferenceConfig(loss="orpo", args={"odds_coefficient": 0.1}),
+    "kto": PreferenceConfig(loss="kto"),
+}
+REWARDS = {name: PreferenceConfig(loss=name) for name in ("bradley_terry", "regression", "process")}
+
+
+def recorded_judgements(num_pairs: int = 7) -> list[list[Judged]]:
+    """Pairs of uneven length; of each completion the first and the fourth token end a step, if it has them."""
+    rng = np.random.default_rng(11)
+    pairs = []
+    for _ in range(num_pairs):
+        prompt = tuple(rng.integers(3, 259, size=int(rng.integers(1, 6))).tolist())
+        pair = []
+        for label in (1.0, 0.0):
+            completion = tuple(rng.integers(3, 259, size=int(rng.integers(1, 12))).tolist())
+            ends = tuple(i for i in (0, 3) if i < len(completion))
+            pair.append(Judged(prompt, completion, label, ends, tuple(float(i == 0) for i in ends)))
+        pairs.append(pair)
+    return pairs
+
+
+def update_of_every_objective(rank: int, checkpoint: Path, classifier: Path, layout: str, tokens: int) -> Results:
+    """Metrics and gradient norm of one update from the checkpoint's weights, by objective.
+
+    Args:
+        checkpoint, classifier: of a policy, and of a critic and reward models.
+        tokens: micro_batch_tokens.
+    """
+    policy = start_policy(checkpoint, layout)
+    settings = ModelConfig(hf_path=str(classifier), params_dtype=Dtype.float32)
+    scalar = ScalarModel(settings, policy.groups, parallel_of(layout), per_token=True)
+    return dict([*_of_policy(policy, tokens), *_of_scalar_model(scalar, tokens)])
+
+
+def _of_policy(policy: Policy, tokens: int) -> Iterator[tuple[str, dict[str, float]]]:
+    batch = _batch(policy, recorded_rollouts(), tokens)
+    for name, algorithm in _policy_gradients().items():
+        yield (
+            name,
+            _update(
+                policy,
+                batch,
+                PolicyGradientObjective(
+                    algorithm,
+                    batch.counts,
+                    NORM,
+                    policy_loss=resolve_policy_loss(algorithm.policy_loss),
+                    on_policy=False,
+                    kl_coefficient=0.1,
+                ),
+            ),
+        )
+    judged = [one for pair in recorded_judgements() for one in pair]
+    sequences = [one.to_predict() for one in judged]
+    for i, sequence in enumerate(sequences):
+        sequence.per_token["ref_log_probs"] = (sequence.loss_mask * (-5.6 + 0.1 * i)).astype(np.float32)
+    batch = _batch(policy, sequences, tokens, together=2)
+    num_chosen = float(sum(len(one.completion_ids) for one in judged[0::2]))
+    for name, preference in PREFERENCES.items():
+        loss = resolve_preference_loss(preference, POLICY_LOSSES)
+        yield name, _update(policy, batch, PreferenceObjective(preference, loss, batch.counts, num_chosen, 0.3))
+
+
+def _of_scalar_model(model: ScalarModel, tokens: int) -> Iterator[tuple[str, dict[str, float]]]:
+    rollouts = recorded_rollouts()
+    for sequence in rollouts:
+        sequence.per_token["returns"] = sequence.per_token["advantages"] * 3
+        sequence.per_token["values"] = sequence.per_token["advantages"] * 2
+    batch = _batch(model, rollouts, tokens)
+    critic = AlgorithmConfig(critic=CriticConfig(clip=0.5))
+    yield "value", _update(model, batch, ValueObjective(critic, batch.counts, NORM))
+    judged = [one for pair in recorded_judgements() for one in pair]
+    for name, settings in REWARDS.items():
+        whole = [Judged(one.prompt_ids, one.completion_ids, one.label) for one in judged]
+        sequences = [one.to_read() for one in (judged if name == "process" else whole)]
+        batch = _batch(model, sequences, tokens, together=2)
+        loss = resolve_preference_loss(settings, REWARD_LOSSES)
+        yield name, _update(model, batch, RewardObjective(loss, batch.counts))
+
+
+def _batch(model: Policy, sequences: Sequence[TrainingSequence], tokens: int, together: int = 1) -> MiniBatch:
+    return MiniBatch.of(
+        sequences,
+        range(len(sequences)),
+        model.groups,
+        micro_batch_tokens=tokens,
+        pad_to_multiple=4,
+        together=together,
+    )
+
+
+def _update(model: Policy, batch: MiniBatch, objective: LossFunction) -> dict[str, float]:
+    optimizer = Optimizer(
+        OptimizerConfig(lr=0.0), model, num_steps=1
+    )  # lr 0: the next objective finds the same weights
+    optimizer.zero_grad()
+    metrics = forward_backward(model, batch.rows, objective)
+    return reduce_metrics(metrics, model.groups.world) | {"grad_norm": optimizer.step().grad_norm}
