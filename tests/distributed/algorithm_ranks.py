@@ -161,9 +161,8 @@ def _batch(model: Policy, sequences: Sequence[TrainingSequence], tokens: int, to
 
 
 def _update(model: Policy, batch: MiniBatch, objective: LossFunction) -> dict[str, float]:
-    optimizer = Optimizer(
-        OptimizerConfig(lr=0.0), model, num_steps=1
-    )  # lr 0: the next objective finds the same weights
+    # lr 0: the next objective finds the same weights.
+    optimizer = Optimizer(OptimizerConfig(lr=0.0), model, num_steps=1)
     optimizer.zero_grad()
     metrics = forward_backward(model, batch.rows, objective)
     return reduce_metrics(metrics, model.groups.world) | {"grad_norm": optimizer.step().grad_norm}
