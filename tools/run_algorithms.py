@@ -1,15 +1,19 @@
 """Runs the quickstart's recipes of the algorithms, and prints what they reached as a table.
 
-    python tools/run_algorithms.py ppo rloo            train configs/recipes/quickstart_{ppo,rloo}.yaml, then the table
+    python tools/run_algorithms.py ppo dpo             train configs/recipes/quickstart_{ppo,dpo}.yaml, then the table
     python tools/run_algorithms.py --table             the table of all such runs in runs/
 
-It needs the quickstart's material, runs/arithmetic and runs/quickstart_sft, in the current folder.
+It needs the quickstart's material, runs/arithmetic and runs/quickstart_sft, in the current folder; recipes on judged
+answers also runs/arithmetic_pairs (tools/make_pairs.py), and quickstart_ppo_learned the run of quickstart_reward_model.
+A policy that was trained on preferences is evaluated afterwards on the held-out problems of the others.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,8 +22,11 @@ from megatron_rl.trainer.run_directory import RunDirectory
 
 RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
 PREFIX = "quickstart_"
-SHOWN = ("eval/heldout/accuracy", "preference/accuracy", "eval/heldout/pair_accuracy")
+ACCURACY = "eval/heldout/accuracy"
+SHOWN = (ACCURACY, "eval/heldout/pair_accuracy", "eval/heldout/abs_error")
 """Metrics of which the first and the last value say what a run was for; the first that a run has is taken."""
+EVALUATED = "evaluated.json"
+"""In a run's folder: accuracy before and after, of a run that does not generate."""
 
 
 def main() -> None:
@@ -27,15 +34,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="recipes without quickstart_ and .yaml")
     parser.add_argument("--table", action="store_true", help="print the table of all runs")
-    parser.add_argument("--overrides", nargs="*", default=[], metavar="key=value", help="for every run")
     arguments = parser.parse_args()
     for name in arguments.names:
-        recipe = RECIPES / f"{PREFIX}{name}.yaml"
-        command = [sys.executable, "-m", "megatron_rl", "train", str(recipe), "logging.progress=false"]
-        subprocess.run([*command, *arguments.overrides], check=True)
+        call("train", name, "logging.progress=false")
+        run = Path("runs") / f"{PREFIX}{name}"
+        if config_of(run)["recipe"] == "preference":
+            before, after = (accuracy_of(path) for path in (config_of(run)["model"]["hf_path"], str(run / "hf")))
+            (run / EVALUATED).write_text(json.dumps({"before": before, "after": after}) + "\n")
     names = sorted(path.name.removeprefix(PREFIX) for path in Path("runs").glob(f"{PREFIX}*"))
     for line in table(names if arguments.table else arguments.names):
         print(line)
+
+
+def call(command: str, name: str, *overrides: str) -> str:
+    """Standard output of a command line on a recipe."""
+    arguments = [sys.executable, "-m", "megatron_rl", command, str(RECIPES / f"{PREFIX}{name}.yaml"), *overrides]
+    return subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def accuracy_of(hf_path: str) -> float:
+    """Held-out accuracy of a checkpoint."""
+    said = call("evaluate", "rloo", f"model.hf_path={hf_path}", "name=not_a_run", "logging.progress=false")
+    return float(json.loads(said[said.index("{") :])[ACCURACY])
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    """The configuration that a run was made with."""
+    config: dict[str, Any] = yaml.safe_load(RunDirectory(run).config_file.read_text())
+    return config
 
 
 def table(names: list[str]) -> list[str]:
@@ -45,18 +71,19 @@ def table(names: list[str]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for name in names:
-        run = RunDirectory(Path("runs") / f"{PREFIX}{name}")
-        if not run.metrics_file.is_file():
+        run = Path("runs") / f"{PREFIX}{name}"
+        if not RunDirectory(run).metrics_file.is_file():
             continue
-        rows = read_metrics(run.metrics_file)
-        config = yaml.safe_load(run.config_file.read_text())
+        rows = read_metrics(RunDirectory(run).metrics_file)
         seconds = sum(row.get("timing_s/step", 0.0) for row in rows)
-        for metric in SHOWN:
-            values = [row[metric] for row in rows if metric in row]
+        end = f"{max(int(row['step']) for row in rows)} | {config_of(run)['seed']} | {seconds:.0f} |"
+        measured = {metric: [row[metric] for row in rows if metric in row] for metric in SHOWN}
+        if (run / EVALUATED).is_file():
+            found = json.loads((run / EVALUATED).read_text())
+            measured[ACCURACY] = [found["before"], found["after"]]
+        for metric, values in measured.items():
             if values:
-                step = int(max(row["step"] for row in rows))
-                numbers = f"{values[0]:.3f} | {values[-1]:.3f} | {step} | {config['seed']} | {seconds:.0f}"
-                lines.append(f"| {name} | {metric} | {numbers} |")
+                lines.append(f"| {name} | {metric} | {values[0]:.3f} | {values[-1]:.3f} | {end}")
                 break
     return lines
 
