@@ -2,8 +2,8 @@
 
     python tools/make_pairs.py CONFIG OUT [key=value ...]
 
-    OUT/pairs.jsonl     {"prompt", "chosen", "rejected"}: of each prompt the answers of highest and of lowest reward
-    OUT/judged.jsonl    {"prompt", "response", "label"}: the same answers one by one, true or false
+    OUT/pairs.jsonl     {"prompt", "chosen", "rejected"}: the answer of highest reward with each that has a lower one
+    OUT/judged.jsonl    {"prompt", "response", "label"}: of each prompt the best answer and a worse one, true and false
     OUT/heldout_pairs.jsonl, OUT/heldout_judged.jsonl: of other prompts
 
 CONFIG is a recipe of kind rl: its model answers its prompts, and its rewards judge. A prompt whose answers all have the
@@ -48,19 +48,20 @@ def sample_groups(config: Config, num_prompts: int) -> list[list[Sample]]:
 
 
 def write(folder: Path, prefix: str, groups: list[list[Sample]], prompt_key: str) -> int:
-    """Write the pairs and the single answers of some prompts; the number of pairs."""
+    """Write the pairs and the single answers of some prompts; return the number of pairs."""
     pairs, judged = [], []
     for group in groups:
         ended = [sample for sample in group if sample.completion.finish_reason == "stop" and sample.completion.text]
         if not ended:
             continue
-        best, worst = max(ended, key=lambda s: s.reward), min(ended, key=lambda s: s.reward)
-        if best.reward == worst.reward:
-            continue
+        best = max(ended, key=lambda sample: sample.reward)
+        worse = {sample.completion.text: sample for sample in ended if sample.reward < best.reward}
         prompt = best.prompt.row[prompt_key]
-        pairs.append({"prompt": prompt, "chosen": best.completion.text, "rejected": worst.completion.text})
-        for sample in (best, worst):
-            judged.append({"prompt": prompt, "response": sample.completion.text, "label": sample is best})
+        for text in worse:
+            pairs.append({"prompt": prompt, "chosen": best.completion.text, "rejected": text})
+        for text, label in ((best.completion.text, True), *((text, False) for text in list(worse)[:1])):
+            if worse:
+                judged.append({"prompt": prompt, "response": text, "label": label})
     for name, rows in ((f"{prefix}pairs.jsonl", pairs), (f"{prefix}judged.jsonl", judged)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return len(pairs)
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--num-prompts", type=int, default=3000)
+    parser.add_argument("--num-prompts", type=int, default=5000)
     parser.add_argument("--heldout-fraction", type=float, default=0.1)
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
