@@ -1,0 +1,115 @@
+"""Every preset of configs/algorithms trains: real runs of two steps, with a model of 2 layers on one rank.
+
+What an algorithm computes is tested where it is written; here its parts are put together as a recipe puts them.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from tests.e2e.runs import Run
+
+PRESETS = Path(__file__).parents[2] / "configs" / "algorithms"
+ONLINE = ["a2c", "cispo", "dapo", "dr_grpo", "grpo", "gspo", "on_policy_distillation", "ppo", "reinforce"]
+ONLINE += ["reinforce_baseline", "reinforce_batch_norm", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "rloo"]
+OF_PAIRS = ["dpo", "ipo", "orpo", "simpo", "slic"]
+OF_SINGLE = ["kto"]
+REWARD_MODELS = ["process_reward_model", "reward_model", "reward_regression"]
+PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": str(2 * i + 1)} for i in range(12)]
+SINGLE = [{"prompt": f"{i}+{i}=", "response": str(2 * i + i % 2), "label": i % 2 == 0} for i in range(12)]
+STEPS = [{"prompt": f"{i}+{i}=", "response": [str(i), "0"], "label": [True, False]} for i in range(12)]
+
+
+def run_of(folder: Path, preset: str, recipe: str = "rl", **sections: dict[str, Any]) -> Run:
+    """The tests' run on one rank, two steps of it, with a preset in the place of its algorithm."""
+    run = Run(
+        folder,
+        **{
+            "parallel": {"tensor_model_parallel_size": 1},
+            "train": {"num_steps": 2, "global_batch_size": 12},
+            "checkpoint": {"save_interval": 0},
+            "evaluation": {"interval": 0},
+            "optimizer": {"lr_warmup_steps": 0},
+            **sections,
+        },
+    )
+    file = folder / "run.yaml"
+    config = json.loads(file.read_text())
+    own = sections.get("algorithm")
+    config |= {"base": [str(PRESETS / f"{preset}.yaml")], "recipe": recipe, "algorithm": own or {}}
+    file.write_text(json.dumps(config))
+    return run
+
+
+def judged_run(folder: Path, preset: str, recipe: str, rows: list[dict[str, Any]]) -> Run:
+    data = {"train": "judged.jsonl", "eval": "judged.jsonl"}
+    run = run_of(folder, preset, recipe, data=data, train={"num_steps": 2, "global_batch_size": 4})
+    (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_every_preset_is_tested() -> None:
+    assert sorted([*ONLINE, *OF_PAIRS, *OF_SINGLE, *REWARD_MODELS]) == sorted(file.stem for file in PRESETS.iterdir())
+
+
+@pytest.mark.parametrize(
+    "preset", [name if name == "ppo" else pytest.param(name, marks=pytest.mark.slow) for name in ONLINE]
+)
+def test_a_policy_gradient_algorithm_trains(preset: str, tmp_path: Path) -> None:
+    algorithm = {"kl": {"coefficient": 1.0, "reference_path": "model"}} if preset == "on_policy_distillation" else {}
+    run = run_of(tmp_path, preset, algorithm=algorithm).succeed()
+    last = run.rows[-1]
+    assert last["step"] == 2
+    assert math.isfinite(last["policy/loss"])
+    assert last["optim/grad_norm"] > 0
+    assert ("value/loss" in last) == (preset in ("ppo", "a2c"))
+    assert ("policy/kl_ref" in last) == ("coefficient: 0.0" not in (PRESETS / f"{preset}.yaml").read_text())
+    assert ("sampling/rounds" in last) == (preset == "dapo")
+
+
+@pytest.mark.parametrize(
+    "preset", [name if name == "dpo" else pytest.param(name, marks=pytest.mark.slow) for name in OF_PAIRS]
+)
+def test_a_policy_trains_on_pairs(preset: str, tmp_path: Path) -> None:
+    run = judged_run(tmp_path, preset, "preference", PAIRS).succeed()
+    first, last = run.rows[0], run.rows[-1]
+    assert last["eval/heldout/loss"] < first["eval/heldout/loss"]
+    if preset == "dpo":
+        assert first["eval/heldout/loss"] == pytest.approx(math.log(2), abs=1e-5)  # pi = ref
+    assert last["eval/heldout/pair_accuracy"] > 0.5
+
+
+@pytest.mark.slow
+def test_a_policy_trains_on_single_completions(tmp_path: Path) -> None:
+    run = judged_run(tmp_path, "kto", "preference", SINGLE).succeed()
+    assert run.rows[-1]["eval/heldout/loss"] < run.rows[0]["eval/heldout/loss"]
+    assert run.rows[-1]["preference/chosen_reward"] > run.rows[-1]["preference/rejected_reward"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "rows", "kind"),
+    [
+        ("reward_model", PAIRS, AutoModelForSequenceClassification),
+        ("reward_regression", SINGLE, AutoModelForSequenceClassification),
+        ("process_reward_model", STEPS, AutoModelForTokenClassification),
+    ],
+)
+def test_a_reward_model_trains_and_then_drives_a_policy(
+    preset: str, rows: list[dict[str, Any]], kind: Any, tmp_path: Path
+) -> None:
+    trained = judged_run(tmp_path / "reward", preset, "reward_model", rows).succeed()
+    assert trained.rows[-1]["eval/heldout/loss"] < trained.rows[0]["eval/heldout/loss"]
+    assert kind.from_pretrained(trained.directory.hf_dir).num_labels == 1
+    learned = {"hf_path": str(trained.directory.hf_dir)}
+    if preset == "process_reward_model":
+        learned |= {"kind": "process", "step_separator": ""}
+    functions = [{"name": "exact_match", "weight": 0.0}]
+    run = run_of(tmp_path / "policy", "ppo", rewards={"functions": functions, "model": learned}).succeed()
+    last = run.rows[-1]
+    assert last["reward/mean"] == pytest.approx(last["reward/model"], abs=1e-5)  # the other has weight 0
+    assert last["reward/std"] > 0
