@@ -138,6 +138,7 @@ def headlines(config: DictConfig, rows: Rows) -> list[Headline]:
         if k != 1:
             wanted.append((f"Held-out pass@{k or 'k'}, {data_set}", f"eval/{data_set}/pass_at_k", True))
     wanted += [("Mean reward", "reward/mean", False), ("Loss", "sft/loss", False)]
+    wanted += [("Loss on preferences", "preference/loss", False)]
     found = []
     for title, name, percent in wanted:
         points = [(step, row[name]) for step, row in rows.items() if is_number(row.get(name))]

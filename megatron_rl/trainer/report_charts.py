@@ -34,6 +34,13 @@ class ChartSpec:
 
 CHARTS = (
     ChartSpec("Learning", "Loss", {"sft/loss": ""}, "nats per token"),
+    ChartSpec("Learning", "Loss on preferences", {"preference/loss": ""}),
+    ChartSpec("Learning", "Pairs ranked rightly", {"preference/accuracy": ""}, "of pairs", "percent"),
+    ChartSpec(
+        "Learning",
+        "Rewards of a pair",
+        {"preference/chosen_reward": "chosen", "preference/rejected_reward": "rejected"},
+    ),
     ChartSpec(
         "Learning",
         "Reward",
@@ -71,11 +78,37 @@ CHARTS = (
         from_zero=True,
     ),
     ChartSpec("Update", "Probability ratio", {"policy/ratio_max": "max", "policy/ratio_min": "min"}, scale="auto"),
-    ChartSpec("Update", "Policy loss", {"policy/loss": ""}),
+    ChartSpec(
+        "Update",
+        "Policy loss",
+        {
+            "policy/loss": "whole",
+            "policy/loss_policy": "policy",
+            "policy/loss_entropy": "entropy",
+            "policy/loss_kl": "KL",
+        },
+    ),
+    ChartSpec(
+        "Update",
+        "Policy change of a step",
+        {"policy/change_mean": "mean", "policy/change_max": "max"},
+        "nats",
+        scale="auto",
+    ),
+    ChartSpec("Update", "KL coefficient", {"policy/kl_coefficient": ""}, scale="auto"),
+    ChartSpec(
+        "Convergence", "Variance of the policy loss", {"convergence/loss_variance": ""}, "over the window", scale="auto"
+    ),
+    ChartSpec("Convergence", "Policy change", {"convergence/policy_change": ""}, "nats, over the window", scale="auto"),
+    ChartSpec("Convergence", "Converged", {"convergence/converged": ""}, from_zero=True),
     ChartSpec("Update", "Gradient norm", {"optim/grad_norm": ""}, "before clipping", scale="auto"),
     ChartSpec("Update", "Learning rate", {"optim/lr": ""}, from_zero=True),
     ChartSpec("Value function", "Value loss", {"value/loss": ""}, scale="auto"),
     ChartSpec("Value function", "Explained variance", {"value/explained_variance": ""}),
+    ChartSpec("Value function", "Values and returns", {"value/mean": "values", "value/return_mean": "returns"}),
+    ChartSpec(
+        "Value function", "Gradient norm of the critic", {"value/grad_norm": ""}, "before clipping", scale="auto"
+    ),
     ChartSpec(
         "Rollout against training",
         "Log-prob difference",
@@ -86,6 +119,27 @@ CHARTS = (
     ChartSpec("Rollout against training", "KL of the mismatch", {"mismatch/kl": ""}, "nats per token", scale="log"),
     ChartSpec(
         "Rollout against training", "Token probability error", {"mismatch/token_mult_prob_error": ""}, "mean factor"
+    ),
+    ChartSpec(
+        "Rollout against training",
+        "Importance ratio",
+        {"importance/ratio_max": "max", "importance/ratio_mean": "mean", "importance/ratio_min": "min"},
+        scale="auto",
+    ),
+    ChartSpec(
+        "Rollout against training",
+        "Tokens outside the bounds",
+        {"importance/above_fraction": "above", "importance/below_fraction": "below"},
+        "of tokens",
+        "percent",
+        from_zero=True,
+    ),
+    ChartSpec(
+        "Rollout against training",
+        "Effective sample size",
+        {"importance/effective_sample_size": ""},
+        "of tokens",
+        "percent",
     ),
     ChartSpec("Speed", "Throughput", {"throughput/tokens_per_second": ""}, "tokens per second", from_zero=True),
     ChartSpec(
