@@ -510,6 +510,16 @@ class PreferenceConfig:
 
 
 @dataclass
+class SupervisedConfig:
+    """The loss of the recipe sft."""
+
+    loss: str = "sft"
+    """A name of `trainer/supervised_losses.py`, or a dotted path 'package.module:function'."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the loss."""
+
+
+@dataclass
 class AlgorithmConfig:
     """The objective: independent choices, of which named algorithms are presets (configs/algorithms)."""
 
@@ -525,6 +535,8 @@ class AlgorithmConfig:
     """The value function."""
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     """Refilling of the batch."""
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    """The loss of supervised fine-tuning."""
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     """The loss on preferences."""
     entropy_coefficient: float = 0.0

@@ -4,6 +4,7 @@ Built once per optimizer step, when the counts of its global batch are known; th
 on preferences are in `pair_objectives`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,8 @@ Loss = tuple[Tensor, dict[str, Metric]]
 
 
 @dataclass(frozen=True)
-class SupervisedObjective:
-    """Negative log-likelihood of the response tokens."""
+class TokenObjective:
+    """What objectives on tokens share: how the tokens of a row are weighed."""
 
     algorithm: AlgorithmConfig
     counts: GlobalCounts
@@ -51,14 +52,22 @@ class SupervisedObjective:
         """A row's part of the loss. The rows' counts add up to 1 per optimizer step: a step's updates are averaged."""
         return Metric("mean", float(loss.detach()), float(row.loss_mask.sum()) / self.counts.num_tokens)
 
+
+@dataclass(frozen=True)
+class SupervisedObjective(TokenObjective):
+    """A loss of the log-probs of the response tokens: their negative log-likelihood, unless another is configured."""
+
+    loss: Callable[..., Tensor] = sft_loss
+    """Of `supervised_losses.resolve_supervised_loss`."""
+
     def token_losses(self, row: PackedRow) -> TokenLosses | None:
         """See engine.step.LossFunction."""
         weights = self.weights(row)
-        return lambda log_probs, entropy, tokens: weighted(sft_loss(log_probs), weights[tokens])
+        return lambda log_probs, entropy, tokens: weighted(self.loss(log_probs=log_probs), weights[tokens])
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Loss:
         """See engine.step.LossFunction."""
-        loss = weighted_sum(sft_loss(log_probs), self.weights(row))
+        loss = weighted_sum(self.loss(log_probs=log_probs), self.weights(row))
         return loss, {
             "sft/loss": self.loss_metric(loss, row),
             "policy/entropy": masked_mean(entropy, row.loss_mask),
@@ -66,7 +75,7 @@ class SupervisedObjective:
 
 
 @dataclass(frozen=True)
-class PolicyGradientObjective(SupervisedObjective):
+class PolicyGradientObjective(TokenObjective):
     """The configured policy loss, corrected for the rollout, + KL penalty - entropy bonus."""
 
     policy_loss: Bound
@@ -171,10 +180,10 @@ class PolicyGradientObjective(SupervisedObjective):
 
 
 @dataclass(frozen=True)
-class ValueObjective(SupervisedObjective):
+class ValueObjective(TokenObjective):
     """The critic's squared error, on a row with `returns` and the `values` before the step's first update."""
 
-    def __call__(self, values: Tensor, row: PackedRow) -> Loss:  # type: ignore[override]
+    def __call__(self, values: Tensor, row: PackedRow) -> Loss:
         """See engine.step.LossFunction."""
         returns, old, clip = row.per_token["returns"], row.per_token["values"], self.algorithm.critic.clip
         losses = value_loss(values, returns) if clip is None else clipped_value_loss(values, old, returns, clip=clip)

@@ -15,6 +15,7 @@ from megatron_rl.trainer.report import write_report
 from megatron_rl.trainer.reward_model import train_reward_model
 from megatron_rl.trainer.run_directory import RunDirectory
 from megatron_rl.trainer.sft import train_sft
+from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
 
 _OTHERS = {Recipe.sft: train_sft, Recipe.preference: train_preference, Recipe.reward_model: train_reward_model}
 
@@ -46,6 +47,8 @@ def resolve_choices(config: Config) -> None:
         UserError: one that cannot be had, or arguments that do not fit.
     """
     algorithm = config.algorithm
+    if config.recipe is Recipe.sft:
+        resolve_supervised_loss(algorithm.supervised)
     if config.recipe is Recipe.rl:
         resolve_estimator(algorithm.advantage)
         resolve_policy_loss(algorithm.policy_loss)

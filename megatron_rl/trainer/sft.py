@@ -10,12 +10,14 @@ from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.step import forward_log_probs
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.trainer.objectives import SupervisedObjective
+from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
 from megatron_rl.trainer.tokenizer import load_tokenizer
 from megatron_rl.trainer.training import Training
 
 
 def train_sft(config: Config, groups: Groups) -> None:
     """Run or resume supervised fine-tuning."""
+    loss = resolve_supervised_loss(config.algorithm.supervised)
     training = Training(config, groups, num_updates_per_step=1)
     tokenizer = load_tokenizer(config.model.hf_path)
     max_tokens = config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens
@@ -29,7 +31,7 @@ def train_sft(config: Config, groups: Groups) -> None:
             with training.step() as row:
                 batch = training.minibatch(sequences, order.rows(state.data_position, batch_size))
                 with training.timer.phase("train"):
-                    objective = SupervisedObjective(config.algorithm, batch.counts, _norm(config))
+                    objective = SupervisedObjective(config.algorithm, batch.counts, _norm(config), loss)
                     row |= training.reduce(training.update(batch, objective))
                 row["throughput/tokens"] = batch.num_tokens
                 state.data_position += batch_size

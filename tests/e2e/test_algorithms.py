@@ -53,7 +53,9 @@ def judged_run(folder: Path, preset: str, recipe: str, rows: list[dict[str, Any]
 
 
 def test_every_preset_is_tested() -> None:
-    assert sorted([*ONLINE, *OF_PAIRS, *OF_SINGLE, *REWARD_MODELS]) == sorted(file.stem for file in PRESETS.iterdir())
+    assert sorted([*ONLINE, *OF_PAIRS, *OF_SINGLE, *REWARD_MODELS, "focal"]) == sorted(
+        file.stem for file in PRESETS.iterdir()
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,3 +115,10 @@ def test_a_reward_model_trains_and_then_drives_a_policy(
     last = run.rows[-1]
     assert last["reward/mean"] == pytest.approx(last["reward/model"], abs=1e-5)  # the other has weight 0
     assert last["reward/std"] > 0
+
+
+@pytest.mark.slow
+def test_supervised_training_with_the_focal_loss(tmp_path: Path) -> None:
+    run = judged_run(tmp_path, "focal", "sft", [row | {"label": 1} for row in SINGLE]).succeed()
+    assert 0 < run.rows[-1]["sft/loss"] < 10
+    assert run.rows[-1]["optim/grad_norm"] > 0
