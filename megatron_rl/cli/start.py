@@ -24,6 +24,8 @@ from megatron_rl.config.validate import longest_sequence, validate
 from megatron_rl.data.datasets import load_prompts, load_sft
 from megatron_rl.data.files import read_rows
 from megatron_rl.data.preferences import load_judgements
+from megatron_rl.models.capabilities import capabilities
+from megatron_rl.models.choices import asks_for_hardware, choose
 from megatron_rl.placement.layout import Layout, layout_of
 from megatron_rl.rewards.registry import resolve_rewards
 from megatron_rl.trainer.run_directory import RunDirectory
@@ -67,6 +69,8 @@ def start(arguments: argparse.Namespace, import_work: Callable[[], Work], *, com
     if arguments.dry_run:
         print(_summary(config, layout, rows))
         return 0
+    if asks_for_hardware(config):
+        choose(capabilities(), config.model, config.optimizer.implementation)
     is_first = (variables or {"RANK": "0"})["RANK"] == "0"
     if is_first and not evaluates and not arguments.data_checked:  # engines take a while to start before the first bar
         print(f"{Path(config.output_dir) / config.name}: {config.recipe.name} on {_ranks(layout)}", flush=True)

@@ -4,6 +4,7 @@ Pure, and without a GPU: what a machine lacks is said by `models/choices.py`.
 """
 
 from enum import Enum
+from typing import Any
 
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.hf_checkpoint import ModelShape
@@ -29,7 +30,7 @@ def fp8_recipe(model: ModelConfig) -> Fp8Recipe | None:
 
 
 def row_multiple(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Tokens that a packed row must be a multiple of.
+    """Tokens that what a (context-parallel) rank computes of a packed row must be a multiple of.
 
         sequence parallelism    each of its ranks gets as many tokens
         FP8                     each of these parts is a multiple of 16, of 32 with mxfp8: the product that makes a
@@ -45,6 +46,21 @@ def fp8_multiple(model: ModelConfig) -> int:
     """What the sizes of an FP8 product must be multiples of; 1 without FP8."""
     recipe = fp8_recipe(model)
     return 1 if recipe is None else 32 if recipe is Fp8Recipe.mxfp8 else 16
+
+
+def megatron_numerics(model: ModelConfig) -> dict[str, Any]:
+    """The fields of Megatron's TransformerConfig that numerics decide; none for plain training."""
+    recipe = fp8_recipe(model)
+    if model.fp8 is None or recipe is None:
+        return {}
+    return {
+        "fp8": model.fp8.value,
+        "fp8_recipe": recipe.value,
+        "fp8_param": model.fp8_param,
+        "first_last_layers_bf16": model.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": model.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": model.num_layers_at_end_in_bf16,
+    }
 
 
 def check_numerics(config: Config) -> None:
@@ -65,6 +81,10 @@ def check_fp8_shapes(config: Config, shape: ModelShape) -> None:
     for name, size in sides.items():
         if size % multiple:
             _refuse("model.fp8", config.model.fp8, f"null: {name} is {size}, and FP8 needs a multiple of {multiple}")
+    stage = shape.num_hidden_layers // config.parallel.pipeline_model_parallel_size
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if config.model.first_last_layers_bf16 and getattr(config.model, name) > stage:
+            _refuse(f"model.{name}", getattr(config.model, name), f"at most {stage}, the layers of a pipeline stage")
     kept = config.model.num_layers_at_start_in_bf16 + config.model.num_layers_at_end_in_bf16
     if config.model.first_last_layers_bf16 and kept >= shape.num_hidden_layers:
         given = f"{kept} layers in bfloat16"
@@ -92,6 +112,8 @@ def _check_fp8(config: Config) -> None:
         _refuse(
             "model.fp8_param", True, "false without optimizer.use_distributed_optimizer, which holds the float32 copy"
         )
+    if model.fp8_param and recipe is Fp8Recipe.mxfp8:
+        _refuse("model.fp8_param", True, "false with fp8_recipe mxfp8: core then wants overlapped gathers, unused here")
     if model.quantization is not None:
         _refuse("model.quantization", model.quantization, "null with model.fp8: layers are quantised by one of the two")
     if config.algorithm.kl.coefficient and model.fp8_param:

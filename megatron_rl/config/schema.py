@@ -141,6 +141,15 @@ class SyncVerify(Enum):
     full = "full"
 
 
+class AdamImplementation(Enum):
+    """Whose Adam steps the parameters."""
+
+    auto = "auto"
+    transformer_engine = "transformer_engine"
+    apex = "apex"
+    torch = "torch"
+
+
 class NonFinite(Enum):
     """What to do when the loss or the gradient norm is not finite."""
 
@@ -178,6 +187,9 @@ class ModelConfig:
     """How many first layers first_last_layers_bf16 means."""
     num_layers_at_end_in_bf16: int = 1
     """How many last layers first_last_layers_bf16 means."""
+    batch_invariant_mode: bool = False
+    """Kernels whose result does not depend on the batch, in training and in engines, on a GPU: slower, and rollout and
+    training log-probs agree as far as the two libraries allow."""
     quantization: QuantizedFormat | None = None
     """fp8 or int8: fake-quantise the layers in training and in log-probs, so that the policy computes as engines with
     the same rollout.quantization do (quantisation-aware training). Runs on any device."""
@@ -241,6 +253,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off."""
+    implementation: AdamImplementation = AdamImplementation.auto
+    """auto takes a fused one on a GPU where it is installed: Transformer Engine's, else apex's."""
     use_distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel ranks."""
     on_non_finite: NonFinite = NonFinite.stop

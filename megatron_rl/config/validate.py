@@ -34,6 +34,7 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Fields of TransformerConfig and of vLLM's engine that a key of ours decides: set twice, they could disagree.
 _OWN_KEY_OF_TRANSFORMER_FIELD = {
     "params_dtype": "model.params_dtype",
+    "batch_invariant_mode": "model.batch_invariant_mode",
     "fp8": "model.fp8",
     "fp8_recipe": "model.fp8_recipe",
     "fp8_param": "model.fp8_param",

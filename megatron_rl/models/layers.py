@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_rl.models.attention import PortableAttention
-from megatron_rl.models.capabilities import HAS_TRANSFORMER_ENGINE
+from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.norm import PortableNorm
 from megatron_rl.models.portable_linear import ExpertRowParallelLinear, ReplicatedLinear
 
@@ -60,5 +60,5 @@ def _complete_local_layers() -> None:
             setattr(moe_utils, name, None)
     # The class of projections to the latents that core allows beside column-parallel ones; it compares identities.
     multi_latent_attention.Linear = ReplicatedLinear
-    if not HAS_TRANSFORMER_ENGINE:  # core takes the stand-ins that it imports for the real classes
+    if not capabilities().transformer_engine:  # core takes the stand-ins that it imports for the real classes
         multi_latent_attention.HAVE_TE = False

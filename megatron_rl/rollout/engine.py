@@ -11,6 +11,7 @@ bits, so two tokens of almost equal probability may still change places.)
 """
 
 import gc
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -46,6 +47,7 @@ class RolloutEngine:
         enforce_eager: bool = True,
         seed: int = 0,
         quantization: QuantizedFormat | None = None,
+        batch_invariant: bool = False,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
         """Start the engine with the weights of `model_path`, as version 0. Collective over torch.distributed's world.
@@ -62,6 +64,7 @@ class RolloutEngine:
             seed: of vLLM itself; samples have their own.
             quantization: the engine's layers are quantised, and it has no weights until `load_weights` brings those of
                 `weights.quantization`. None: as the checkpoint is.
+            batch_invariant: vLLM's kernels whose results do not depend on the batch, on a GPU; for the whole process.
             engine_args: further arguments of vLLM's EngineArgs.
 
         Raises:
@@ -78,6 +81,8 @@ class RolloutEngine:
             raise RolloutError(f"{size}; it must divide the {world_size} ranks")
         if RolloutEngine._alive:
             raise RuntimeError("this process has a rollout engine; shut it down before starting another")
+        if batch_invariant:
+            os.environ["VLLM_BATCH_INVARIANT"] = "1"
         with guest():
             from megatron_rl.rollout import llm
 

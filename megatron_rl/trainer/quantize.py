@@ -71,7 +71,8 @@ def quantize(
     if dtype not in _DTYPES:
         raise UserError(f"--hf-path: given dtype {dtype} in '{folder}'; allowed: float32, bfloat16")
     with world_of_one() as groups:
-        policy = Policy(ModelConfig(hf_path=str(folder), params_dtype=_DTYPES[dtype]), groups, ParallelConfig())
+        settings = ModelConfig(hf_path=str(folder), params_dtype=_DTYPES[dtype])
+        policy = Policy(settings, groups, ParallelConfig(), trained=False)
         if reason := refusal(format, policy.maps):
             raise UserError(f"--format: given {format.value}; {reason}")
         rows = _calibration_rows(config, folder, num_prompts)
@@ -100,9 +101,9 @@ def compute_as_stored(policy: Policy, format: QuantizedFormat) -> None:
 
 def _scale_for_int4(policy: Policy, rows: Sequence[PackedRow]) -> None:
     scales = search_awq_scales(policy.models[0], lambda: _log_probs(policy, rows))
-    settings = policy.config
-    norms = settings.normalization == "RMSNorm" and not settings.layernorm_zero_centered_gamma
-    fold_awq_scales(policy.parameters, scales, norms=norms, gated=settings.gated_linear_unit)
+    model = policy.config
+    norms = model.normalization == "RMSNorm" and not model.layernorm_zero_centered_gamma
+    fold_awq_scales(policy.parameters, scales, norms=norms, gated=model.gated_linear_unit)
 
 
 def _calibration_rows(config: Config, folder: Path, num_prompts: int) -> list[PackedRow]:

@@ -88,6 +88,7 @@ class Reinforcement:
             dtype=config.model.params_dtype.value,
             max_model_len=rollout.max_model_len or limit + rollout.sampling.max_response_tokens,
             seed=config.seed,
+            batch_invariant=config.model.batch_invariant_mode,
         )
         self.worker = RolloutWorker(engine, rewards, layout, groups)
         self._sync = WeightSync(self.training, engine, layout, self.prompts)

@@ -30,7 +30,9 @@ def training_sampling(config: SamplingConfig) -> Sampling:
     )
 
 
-def build_engine(config: RolloutConfig, *, model_path: str, dtype: str, max_model_len: int, seed: int) -> RolloutEngine:
+def build_engine(
+    config: RolloutConfig, *, model_path: str, dtype: str, max_model_len: int, seed: int, batch_invariant: bool
+) -> RolloutEngine:
     """This rank's engine, or its part of one."""
     return RolloutEngine(
         model_path=model_path,
@@ -43,6 +45,7 @@ def build_engine(config: RolloutConfig, *, model_path: str, dtype: str, max_mode
         enforce_eager=config.enforce_eager,
         seed=seed,
         quantization=config.quantization,
+        batch_invariant=batch_invariant,
         engine_args=config.engine_args,
     )
 

@@ -23,6 +23,7 @@ from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.trainer.training import Training
 from megatron_rl.weights.engine_table import engine_maps
 from megatron_rl.weights.exchange import Exchange, Loader, OnFilled, Orders, verified
+from megatron_rl.weights.fp8_parameters import held_value
 from megatron_rl.weights.holders import EngineRanks, TrainedRanks, layer_of
 from megatron_rl.weights.process_group import ProcessGroupTransport
 from megatron_rl.weights.quantization import quantized_tensors
@@ -83,7 +84,9 @@ class WeightSync:
     def _send_shards(self, version: int, on_filled: OnFilled | None) -> int:
         def feed(loader: Loader) -> None:
             verify = verified(self.config.verify.name, version)
-            self._exchange.run(self.training.policy.parameters, loader, version=version, verify=verify)
+            policy = self.training.policy
+            held = {name: held_value(parameter, policy.dtype) for name, parameter in policy.parameters.items()}
+            self._exchange.run(held, loader, version=version, verify=verify)
 
         self.engine.load_shards(self._orders.shard, feed, version=version, on_filled=on_filled)
         return self._orders.received_bytes

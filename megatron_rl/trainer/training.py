@@ -111,7 +111,10 @@ class Training:
             groups,
             config.parallel,
             use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+            optimizer=config.optimizer.implementation,
         )
+        if self.is_main and records:
+            print(self.policy.choices, flush=True)
         self.reference = build_reference(config, self.policy) if with_reference else None
         self.optimizer = Optimizer(config.optimizer, self.policy, num_steps=num_steps)
         self.critic = build_critic(config, groups, num_steps=num_steps) if with_critic else None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.weights.fp8_parameters import held_value
 from megatron_rl.weights.runs import rows, runs_of_shard
 
 
@@ -67,7 +68,7 @@ class HFTensorIterator:
         """The bucket's shards, indexed [tp_rank][position in the bucket]."""
         tp, pp = self.groups.tp, self.groups.pp
         stage = self._stage_of[bucket[0].name]
-        mine = [self.parameters[m.name].detach() for m in bucket] if stage == pp.rank() else []
+        mine = [held_value(self.parameters[m.name], self.dtype) for m in bucket] if stage == pp.rank() else []
         if tp.size() == pp.size() == 1:
             return [mine]
         shapes = [[m.shard_shape(rank, tp.size()) for m in bucket] for rank in range(tp.size())]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.models.tensor_map import TensorMap
+from megatron_rl.weights.fp8_parameters import fillable
 from megatron_rl.weights.runs import matrix, rows, runs_of_shard
 
 _INDEX = "model.safetensors.index.json"
@@ -68,17 +69,18 @@ class HFCheckpointReader:
 
     def read_shard(self, tensor_map: TensorMap, tp_rank: int, tp_size: int, into: Tensor) -> None:
         """Fill a Megatron shard from the slices that it is made of; the padded vocabulary is zero."""
-        for piece in runs_of_shard(tensor_map, tp_rank, tp_size, into):
-            name = piece.run.hf_name
-            if name is None:
-                piece.shard.zero_()
-            elif tensor_map.index is None and not tensor_map.transposed and piece.run.step == 1:
-                between = slice(piece.run.start, piece.run.start + piece.run.size)
-                source = self._files[name].get_slice(name)
-                piece.shard.copy_(source[between] if tensor_map.dim == 0 else source[:, between])
-            else:
-                whole = self._files[name].get_tensor(name)
-                piece.shard.copy_(rows(matrix(tensor_map, whole), tensor_map.dim, piece.run))
+        with fillable(into) as target:
+            for piece in runs_of_shard(tensor_map, tp_rank, tp_size, target):
+                name = piece.run.hf_name
+                if name is None:
+                    piece.shard.zero_()
+                elif tensor_map.index is None and not tensor_map.transposed and piece.run.step == 1:
+                    between = slice(piece.run.start, piece.run.start + piece.run.size)
+                    source = self._files[name].get_slice(name)
+                    piece.shard.copy_(source[between] if tensor_map.dim == 0 else source[:, between])
+                else:
+                    whole = self._files[name].get_tensor(name)
+                    piece.shard.copy_(rows(matrix(tensor_map, whole), tensor_map.dim, piece.run))
 
 
 def write_hf_checkpoint(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.checkpoints import make_checkpoint
 
@@ -101,6 +102,15 @@ def test_a_sound_configuration_and_its_dry_run(folder: Path) -> None:
 )
 def test_configuration(folder: Path, overrides: list[str], message: str) -> None:
     assert error_line(run("train", "run.yaml", *overrides)).startswith(message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_hardware_that_is_not_there(folder: Path) -> None:
+    """Found by importing torch, and yet before a rank is started."""
+    ended = run("train", "run.yaml", "model.fp8=hybrid", "model.params_dtype=bfloat16")
+    assert ended.returncode == 2
+    message = "megatron-rl: error: model.fp8: given hybrid, allowed: null: there is no GPU\n"
+    assert ended.stderr == message
 
 
 def test_unknown_key_in_a_file(folder: Path) -> None:

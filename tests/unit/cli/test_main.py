@@ -10,6 +10,7 @@ import pytest
 from megatron_rl.cli import doctor
 from megatron_rl.cli.main import main
 from megatron_rl.config.errors import ConfigError
+from megatron_rl.models.capabilities import Library
 
 
 def raising(error: Exception) -> object:
@@ -54,13 +55,14 @@ def test_convert_hands_on_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None
 def test_doctor_says_what_is_there_and_what_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    absent = doctor.Package("nothing", ("no-such-distribution",), "a", "b fails")
-    present = doctor.Package("numbers", ("no-such-distribution", "numpy"), "arrays", "c fails")
-    monkeypatch.setattr(doctor, "PACKAGES", (absent, present))
+    absent = Library("nothing", ("no-such-distribution",), "a", "b fails")
+    present = Library("numbers", ("no-such-distribution", "numpy"), "arrays", "c fails")
+    monkeypatch.setattr(doctor, "LIBRARIES", (absent, present))
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].split(maxsplit=2) == ["nothing", "absent", "b fails"]
-    assert lines[-1].startswith("numbers")
-    assert lines[-1].endswith("  arrays")
-    monkeypatch.setattr(doctor, "PACKAGES", (doctor.Package("x", ("no-such-distribution",), "a", "b", required=True),))
+    assert lines[-4].split(maxsplit=2) == ["nothing", "absent", "b fails"]
+    assert lines[-3].startswith("numbers")
+    assert lines[-3].endswith("  arrays")
+    assert lines[-1].startswith("a run here takes: layers ")
+    monkeypatch.setattr(doctor, "LIBRARIES", (Library("x", ("no-such-distribution",), "a", "b", required=True),))
     assert main(["doctor"]) == 1

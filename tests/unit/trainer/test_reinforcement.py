@@ -1,6 +1,7 @@
 """What the verbs compute between engine and model, on literal samples; engine and model themselves are not built."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -28,7 +29,7 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.trainer.estimators import resolve_estimator
 from megatron_rl.trainer.kl_penalty import KLPenalty
 from megatron_rl.trainer.minibatch import MiniBatch
-from megatron_rl.trainer.reinforcement import Reinforcement
+from megatron_rl.trainer.reinforcement import MismatchError, Reinforcement, check_mismatch
 from megatron_rl.trainer.run_directory import RunDirectory
 from megatron_rl.trainer.training import RunState
 
@@ -196,3 +197,12 @@ def test_only_a_single_update_is_on_policy(num_updates: int, on_policy: bool) ->
     rl = reinforcement()
     rl.num_updates = num_updates
     assert rl.on_policy is on_policy
+
+
+def test_a_run_stops_where_engines_and_policy_are_too_far_apart() -> None:
+    row = {"mismatch/log_prob_abs_diff_mean": 0.02}
+    check_mismatch(row, None)
+    check_mismatch(row, 0.02)
+    for value in (0.021, math.nan):
+        with pytest.raises(MismatchError, match=r"rollout\.max_mismatch is 0\.02"):
+            check_mismatch({"mismatch/log_prob_abs_diff_mean": value}, 0.02)
