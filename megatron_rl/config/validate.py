@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_rl.config.algorithm import check_algorithm, check_checkpoints
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.hf_checkpoint import (
     SUPPORTED_ARCHITECTURES,
@@ -27,7 +28,6 @@ from megatron_rl.config.pipeline import layers_of_stages
 from megatron_rl.config.ranges import check_ranges
 from megatron_rl.config.schema import Aggregation, Config, LRDecayStyle, ParallelConfig, Recipe
 
-_OF_GROUPS = ("group_relative", "leave_one_out")
 _DATA_FORMATS = ("jsonl", "parquet", "gsm8k")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -185,6 +185,7 @@ def check_files(config: Config) -> None:
     check_tokenizer(folder)
     if config.model.load_weights:
         check_weights(folder)
+    check_checkpoints(config)
     for key, file in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if file is not None and not Path(file).is_file():
             _refuse(key, file, "an existing file")
@@ -272,8 +273,7 @@ def _check_batches(config: Config, world_size: int | None) -> None:
             _refuse(
                 "rollout.num_prompts_per_step", rollout.num_prompts_per_step, f"at least {num_engines}, one per engine"
             )
-        if rollout.num_samples_per_prompt < 2 and config.algorithm.advantage.estimator in _OF_GROUPS:
-            _refuse("rollout.num_samples_per_prompt", 1, "[2, inf): alone in its group, a sample has advantage 0")
+        check_algorithm(config)
         num_samples = rollout.num_prompts_per_step * rollout.num_samples_per_prompt
         batch_size = train.global_batch_size or num_samples
         if num_samples % batch_size:
