@@ -1,4 +1,4 @@
-"""What the choices of an algorithm may not be, and the further checkpoints that they name. Pure but for reading files."""
+"""What the choices of an algorithm may not be, and what the further checkpoints that they name must be."""
 
 from pathlib import Path
 from typing import NoReturn
