@@ -1,0 +1,213 @@
+"""Every legal layout of a number of ranks, what one step gives there, and what transformers says it must give.
+
+The reference knows nothing of Megatron, rows or ranks: each sequence goes through transformers' model alone, on one
+process, and the same objective is applied to all of them at once. A step at a layout must give its metrics and every
+gradient tensor, joined to its full shape under its Hugging Face name.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
+from megatron_rl.config.schema import (
+    Aggregation,
+    AlgorithmConfig,
+    Dtype,
+    KLConfig,
+    ModelConfig,
+    ParallelConfig,
+    PolicyLossConfig,
+)
+from megatron_rl.data.packing import unpack
+from megatron_rl.data.samples import TrainingSequence
+from megatron_rl.engine.initialize import initialize
+from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.step import LossFunction, forward_backward
+from megatron_rl.parallel.reductions import reduce_metrics
+from megatron_rl.trainer.minibatch import MiniBatch
+from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective
+from megatron_rl.trainer.policy_losses import resolve_policy_loss
+from megatron_rl.weights.gather import HFTensorIterator
+from tests.distributed.training_ranks import recorded_rollouts
+
+TEMPERATURE = 0.8
+LOSSES = ("sft", "grpo", "ppo")
+MICRO_BATCH_TOKENS = (1, 24, 4096)
+"""One sequence in a row, a few, all of a rank's."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step at one layout."""
+
+    layout: dict[str, Any]
+    """Fields of ParallelConfig."""
+    micro_batch_tokens: int
+    loss: str
+    model: tuple[tuple[str, Any], ...] = ()
+    """Fields of ModelConfig."""
+
+    def __str__(self) -> str:
+        short = {"".join(word[0] for word in name.split("_")[:2]): value for name, value in self.layout.items()}
+        return f"{short} {self.micro_batch_tokens} {self.loss} {dict(self.model)}"
+
+
+def layouts(num_ranks: int, *, experts: int = 0) -> Iterator[dict[str, Any]]:
+    """Every legal factorisation of `num_ranks`, of a model with `experts` routed experts and 4 or 8 layers."""
+    sizes = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
+    for tp, pp, cp in product(sizes, repeat=3):
+        if num_ranks % (tp * pp * cp):
+            continue
+        # Megatron trains experts under tensor parallelism with sequence parallelism only.
+        sequence_parallel = [False] if tp == 1 else [True] if experts else [False, True]
+        expert_sizes = [(ep, etp) for ep, etp in product(sizes, repeat=2) if num_ranks // pp % (ep * etp) == 0]
+        expert_sizes = [(ep, etp) for ep, etp in expert_sizes if experts and experts % ep == 0] or [(1, None)]
+        for sp, chunks, (ep, etp) in product(sequence_parallel, [None, 2] if pp > 1 else [None], expert_sizes):
+            yield dict(
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                context_parallel_size=cp,
+                sequence_parallel=sp,
+                virtual_pipeline_model_parallel_size=chunks,
+                expert_model_parallel_size=ep,
+                expert_tensor_parallel_size=etp,
+            )
+
+
+def some_cases(num_ranks: int, *, experts: int = 0) -> list[Case]:
+    """Every layout once; losses and micro-batches take turns, so that each pair of them is met."""
+    pairs = list(product(MICRO_BATCH_TOKENS, LOSSES))
+    return [Case(layout, *pairs[i * 4 % len(pairs)]) for i, layout in enumerate(layouts(num_ranks, experts=experts))]
+
+
+def all_cases(num_ranks: int, *, experts: int = 0) -> list[Case]:
+    """Everything with everything."""
+    return [Case(*case) for case in product(layouts(num_ranks, experts=experts), MICRO_BATCH_TOKENS, LOSSES)]
+
+
+def sequences_of(loss: str) -> list[TrainingSequence]:
+    """12 sequences of 1 to 17 tokens; 3 for SFT, so that of 4 ranks one has none. PPO's advantages differ by token."""
+    sequences = recorded_rollouts()
+    if loss == "ppo":
+        rng = np.random.default_rng(3)
+        for sequence in sequences:
+            sequence.per_token["advantages"] = (rng.normal(size=sequence.loss_mask.shape) * sequence.loss_mask).astype(
+                np.float32
+            )
+    return sequences[:3] if loss == "sft" else sequences
+
+
+def objective_of(loss: str, batch: MiniBatch) -> LossFunction:
+    """The objective, with everything switched on that a layout could get wrong."""
+    if loss == "sft":
+        return SupervisedObjective(AlgorithmConfig(), batch.counts, token_sum_norm=1.0)
+    grpo = loss == "grpo"
+    algorithm = AlgorithmConfig(
+        policy_loss=PolicyLossConfig(clip_low=0.2, clip_high=0.3, dual_clip=3.0),
+        kl=KLConfig(coefficient=0.1 if grpo else 0.0),
+        entropy_coefficient=0.01 if grpo else 0.0,
+        aggregation=Aggregation.sequence_mean_token_mean if grpo else Aggregation.token_mean,
+    )
+    return PolicyGradientObjective(
+        algorithm,
+        batch.counts,
+        token_sum_norm=1.0,
+        policy_loss=resolve_policy_loss(algorithm.policy_loss),
+        on_policy=False,
+        kl_coefficient=algorithm.kl.coefficient,
+    )
+
+
+def reference(folder: Path, loss: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """(metrics, gradients by Hugging Face name) of one step, from transformers in float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    sequences = sequences_of(loss)
+    alone: Any = SimpleNamespace(dp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+    batch = MiniBatch.of(sequences, range(len(sequences)), alone, micro_batch_tokens=4096, pad_to_multiple=1)
+    (row,) = batch.rows
+    log_probs, entropies = [], []
+    for tokens, labels in zip(unpack(row.tokens, row), unpack(row.labels, row), strict=True):
+        distribution = (model(tokens[None]).logits[0] / TEMPERATURE).log_softmax(-1)
+        log_probs.append(distribution.gather(1, labels[:, None])[:, 0])
+        entropies.append(-(distribution.exp() * distribution).sum(-1))
+    value, metrics = objective_of(loss, batch)(torch.cat(log_probs), torch.cat(entropies), row)
+    value.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return reduce_metrics(metrics, None), gradients
+
+
+def visit(rank: int, folder: Path, cases: list[Case], expected: Path) -> list[str]:
+    """What is wrong at each case, in words; an empty list is what is wanted."""
+    references = torch.load(expected, weights_only=True)
+    wrong: list[str] = []
+    for case in cases:
+        metrics, gradients = step_at(folder, case)
+        wrong += [f"{case}: {what}" for what in differences(metrics, gradients, *references[case.loss])]
+    return wrong
+
+
+def step_at(folder: Path, case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """(metrics, gradients by Hugging Face name) of one step at a layout; leaves the world as it was before."""
+    parallel = ParallelConfig(**case.layout)
+    groups = initialize(parallel, seed=1)
+    settings = ModelConfig(hf_path=str(folder), params_dtype=Dtype.float32, **dict(case.model))
+    policy = Policy(settings, groups, parallel, use_distributed_optimizer=False)
+    sequences = sequences_of(case.loss)
+    batch = MiniBatch.of(
+        sequences,
+        range(len(sequences)),
+        groups,
+        micro_batch_tokens=case.micro_batch_tokens,
+        pad_to_multiple=1,
+        num_rows_multiple=groups.pp.size() if parallel.virtual_pipeline_model_parallel_size else 1,
+    )
+    found = forward_backward(policy, batch.rows, objective_of(case.loss, batch), temperature=TEMPERATURE)
+    metrics = reduce_metrics(found, groups.world)
+    of_parameters = {name: parameter.main_grad for name, parameter in policy.parameters.items()}  # type: ignore[attr-defined]
+    whole = HFTensorIterator(of_parameters, policy.maps, groups, dtype=torch.float32, bucket_bytes=1 << 20)
+    gradients = {name: tensor.clone() for name, tensor in whole}
+    leave()
+    return metrics, gradients
+
+
+def leave() -> None:
+    """Forget Megatron's groups, and close their connections."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+# The contract's bound. float32 rounds at 6e-8, and a gradient sums over 100 tokens and passes 8 layers. Its error is
+# measured by the norm of its tensor: single elements may cancel to nothing.
+RELATIVE = 1e-5
+
+
+def differences(
+    metrics: dict[str, float],
+    gradients: dict[str, torch.Tensor],
+    expected_metrics: dict[str, float],
+    expected_gradients: dict[str, torch.Tensor],
+) -> Iterator[str]:
+    """Metrics and gradient tensors that are not the reference's, in words."""
+    for name, number in expected_metrics.items():
+        if name not in metrics or not abs(metrics[name] - number) <= RELATIVE * abs(number) + 1e-7:
+            yield f"metric {name} is {metrics.get(name)}, must be {number}"
+    if missing := expected_gradients.keys() ^ gradients.keys():
+        yield f"gradients of one side only: {sorted(missing)}"
+    for name in expected_gradients.keys() & gradients.keys():
+        exact = expected_gradients[name]
+        error = float((gradients[name].double() - exact).norm() / exact.norm().clamp(min=1e-12))
+        if not error <= RELATIVE:
+            yield f"gradient {name} is off by {error:.2e} of its norm"
