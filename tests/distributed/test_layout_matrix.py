@@ -14,7 +14,7 @@ from tests.distributed.spawn import run_ranks
 
 # 8 layers are what 4 pipeline stages of 2 chunks each need. Small beside the family's own, for time.
 SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=8)
-FAMILIES = {"qwen3": 0, "qwen3_untied": 0}
+FAMILIES = {"qwen3": 0, "qwen3_untied": 0, "qwen3_moe": 4, "deepseek_v3": 8}
 """Family -> number of experts."""
 
 
@@ -32,7 +32,7 @@ def test_some_of_everything(family: tuple[str, Path, Path], num_ranks: int) -> N
     name, folder, expected = family
     cases = some_cases(num_ranks, experts=FAMILIES[name])
     if num_ranks == 4:
-        cases = cases[:: 2 if name == "qwen3" else 5]  # for time; all of them in `test_everything`
+        cases = cases[:: {"qwen3": 2, "qwen3_moe": 6}.get(name, 9)]  # for time; all of them in `test_everything`
     for wrong in run_ranks(visit, num_ranks, folder, cases, expected, timeout_s=400.0):
         assert wrong == []
 
