@@ -75,9 +75,7 @@ def _lines(config: Config, needed: Plan, samples: int, length: int, generates: b
         if number and number < len(needed.stages) - 1 and stage == needed.stages[number - 1]:
             continue
         columns = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.total)
-        numbers = "".join(
-            f"{x / GIGABYTE:>{width}.2f}" for x, width in zip(columns, (10, 11, 11, 13, 9), strict=True)
-        )
+        numbers = "".join(f"{x / GIGABYTE:>{width}.2f}" for x, width in zip(columns, (10, 11, 11, 13, 9), strict=True))
         lines.append(f"{f'stage {number}':12}{stage.parameters / 1e6:>11.1f}M{numbers}")
     if generates:
         per_sequence = longest_sequence(config) * needed.cache_bytes_per_token / GIGABYTE

@@ -85,6 +85,7 @@ RANGES = {
     "evaluation.top_p": "(0, 1]",
     "evaluation.max_prompts": "[1, inf)",
     "logging.num_logged_rollouts": "[0, inf)",
+    "logging.peak_tflops_per_gpu": "(0, inf)",
     "logging.convergence.window": "[2, inf)",
     "logging.convergence.loss_variance": "[0, inf)",
     "logging.convergence.policy_change": "[0, inf)",

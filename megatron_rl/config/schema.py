@@ -629,6 +629,9 @@ class LoggingConfig:
     """Log to this Weights & Biases project, if set."""
     num_logged_rollouts: int = 8
     """Sample rollouts written per step."""
+    peak_tflops_per_gpu: float | None = None
+    """Peak of a GPU's matrix units in the model's dtype, for throughput/mfu: the operations of the updates' passes
+    forward and backward / (timing_s/train * ranks * peak); see `placement/sizes.py`. null: not reported."""
     progress: bool = True
     """Progress bars with ETA."""
     convergence: ConvergenceConfig = field(default_factory=ConvergenceConfig)

@@ -1,6 +1,7 @@
 """The policy: this rank's shard of a Megatron-Core model, with the table that says what its tensors are elsewhere."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from megatron_rl.models.build import build_gpt_model, transformer_config
 from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.choices import choose
 from megatron_rl.models.families import family_of
+from megatron_rl.models.sizes import model_sizes
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.placement.sizes import ModelSizes
 from megatron_rl.weights.gather import HFTensorIterator
 from megatron_rl.weights.hf_files import HFCheckpointReader
 from megatron_rl.weights.local_shards import Place, check_table, local_parameters
@@ -125,6 +128,11 @@ class Policy:
         self.chunks: list[Any] = (
             [DistributedDataParallel(self.config, ddp, model) for model in self.models] if trained else self.models
         )
+
+    @cached_property
+    def sizes(self) -> ModelSizes:
+        """Of the whole model."""
+        return model_sizes(self.hf)
 
     def _model_config(self, hf: dict[str, Any]) -> dict[str, Any]:
         """The config.json of the model that is built, given that of model.hf_path."""

@@ -124,7 +124,8 @@ def _stage(config: Config, sizes: ModelSizes, layout: Layout, stage: int, rows: 
 
 def _layers_of(parallel: ParallelConfig, sizes: ModelSizes, stage: int) -> list[LayerSizes]:
     counts = layers_of_stages(parallel, len(sizes.layers))
-    layers, begin = [], 0
+    layers: list[LayerSizes] = []
+    begin = 0
     for chunk in range(len(counts[0])):
         for other, of_stage in enumerate(counts):
             if other == stage:

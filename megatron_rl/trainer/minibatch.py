@@ -4,7 +4,7 @@ Every rank knows all sequences of the global batch, so the layout of rows and th
 them; no collective is needed, and no rank can disagree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,8 @@ class MiniBatch:
     """Trained tokens and sequences of the global batch."""
     num_tokens: int
     """All tokens of the global batch, trained or not."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence of the global batch."""
     packing_efficiency: float
     """Real tokens / tokens of the rows if all were as long as the longest."""
     imbalance: float
@@ -42,6 +44,7 @@ class MiniBatch:
         pad_to_multiple: int,
         num_rows_multiple: int = 1,
         together: int = 1,
+        cost: Callable[[int], float] | None = None,
     ) -> "MiniBatch":
         """Lay out the sequences at `indices`; a row's `sequence_ids` are positions in `sequences`.
 
@@ -51,7 +54,7 @@ class MiniBatch:
             groups: this rank's.
             micro_batch_tokens: most tokens of a row.
             pad_to_multiple: rows are filled up to a multiple of this.
-            num_rows_multiple: see `plan_micro_batches`.
+            num_rows_multiple, cost: see `plan_micro_batches`.
             together: this many neighbours among the indices stay in one row, in their order: 2 for pairs.
         """
         units = [indices[start : start + together] for start in range(0, len(indices), together)]
@@ -61,6 +64,7 @@ class MiniBatch:
             num_ranks=groups.dp.size(),
             micro_batch_tokens=micro_batch_tokens,
             num_rows_multiple=num_rows_multiple,
+            cost=cost,
         )
         mine = [[i for number in row for i in units[number]] for row in plan[groups.dp.rank()]]
         masks = [float(sequences[i].loss_mask.sum()) for i in indices]
@@ -68,6 +72,7 @@ class MiniBatch:
             rows=[pack(sequences, row, pad_to_multiple=pad_to_multiple) for row in mine],
             counts=GlobalCounts(num_tokens=sum(masks), num_sequences=float(np.count_nonzero(masks))),
             num_tokens=sum(lengths),
+            lengths=tuple(sequences[i].num_positions for i in indices),
             packing_efficiency=packing_efficiency(plan, lengths, pad_to_multiple=pad_to_multiple),
             imbalance=imbalance(plan, lengths),
         )

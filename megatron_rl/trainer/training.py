@@ -24,6 +24,7 @@ from megatron_rl.engine.reference import ReferenceWeights, Teacher
 from megatron_rl.engine.step import NON_FINITE_LOSSES, LossFunction, forward_backward
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.reductions import reduce_counts, reduce_metrics
+from megatron_rl.placement.sizes import mfu
 from megatron_rl.trainer.critic import build_critic
 from megatron_rl.trainer.metrics_log import MetricsLog
 from megatron_rl.trainer.minibatch import MiniBatch
@@ -105,6 +106,7 @@ class Training:
         self.is_main = dist.get_rank() == 0
         self.state = RunState()
         self.timer = PhaseTimer()
+        self._flops = 0  # of the step's updates, on all ranks
         num_steps = config.train.num_steps * num_updates_per_step
         self.policy = build(
             config.model,
@@ -174,6 +176,7 @@ class Training:
             if parallel.virtual_pipeline_model_parallel_size
             else 1,
             together=together,
+            cost=lambda length: self.policy.sizes.training_flops([length]),
         )
 
     def update(self, batch: MiniBatch, objective: LossFunction, *, temperature: float = 1.0) -> dict[str, Metric]:
@@ -199,6 +202,7 @@ class Training:
     def _update(
         self, model: Policy, optimizer: Optimizer, batch: MiniBatch, objective: LossFunction, temperature: float
     ) -> dict[str, Metric]:
+        self._flops += model.sizes.training_flops(batch.lengths)
         optimizer.zero_grad()
         metrics = forward_backward(model, batch.rows, objective, temperature=temperature)
         bad_losses = metrics.pop(NON_FINITE_LOSSES).value if metrics else 0.0
@@ -228,6 +232,7 @@ class Training:
         A metric `throughput/tokens`, the tokens of the step, is completed by the rates.
         """
         self.timer.pop()
+        self._flops = 0
         row: dict[str, float] = {}
         yield row
         self.state.step += 1
@@ -236,6 +241,9 @@ class Training:
             rate = row["throughput/tokens"] / row["timing_s/step"]
             row["throughput/tokens_per_second"] = rate
             row["throughput/tokens_per_second_per_gpu"] = rate / dist.get_world_size()
+        peak = self.config.logging.peak_tflops_per_gpu
+        if peak is not None and row.get("timing_s/train"):
+            row["throughput/mfu"] = mfu(self._flops, row["timing_s/train"], dist.get_world_size(), peak)
         self.record(row)
         self.progress.update(1, **{name.split("/")[-1]: row[name] for name in _SHOWN if name in row})
         interval = self.config.checkpoint.save_interval

@@ -130,7 +130,9 @@ def objective_of(loss: str, batch: MiniBatch) -> LossFunction:
 
 def reference(folder: Path, loss: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """(metrics, gradients by Hugging Face name) of one step, from transformers in float64."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
     sequences = sequences_of(loss)
     alone: Any = SimpleNamespace(dp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
     batch = MiniBatch.of(sequences, range(len(sequences)), alone, micro_batch_tokens=4096, pad_to_multiple=1)
