@@ -169,6 +169,9 @@ class ModelConfig:
     """Dtype of parameters and activations; log-probs, losses and the optimizer's state are float32 always."""
     layer_spec: LayerSpec = LayerSpec.auto
     """auto takes Transformer Engine where it is installed and a GPU is present, else the portable layers."""
+    moe_routing_replay: bool = False
+    """Send the tokens of an update to the experts that the pass over the old policy chose; of use where a rollout is
+    trained on by more than one update. Only for models with experts."""
     recompute_granularity: str | None = None
     """Activation recomputation: null, 'selective' (core attention) or 'full' (whole layers)."""
     recompute_method: str | None = None

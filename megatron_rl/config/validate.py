@@ -41,6 +41,7 @@ _OWN_KEY_OF_TRANSFORMER_FIELD = {
     "first_last_layers_bf16": "model.first_last_layers_bf16",
     "num_layers_at_start_in_bf16": "model.num_layers_at_start_in_bf16",
     "num_layers_at_end_in_bf16": "model.num_layers_at_end_in_bf16",
+    "moe_enable_routing_replay": "model.moe_routing_replay",
     "recompute_granularity": "model.recompute_granularity",
     "recompute_method": "model.recompute_method",
     "recompute_num_layers": "model.recompute_num_layers",
@@ -162,7 +163,7 @@ def check_model(
     _check_heads("parallel.tensor_model_parallel_size", tp, shape)
     if shape.intermediate_size % tp:
         _refuse("parallel.tensor_model_parallel_size", tp, f"a divisor of intermediate_size {shape.intermediate_size}")
-    _check_experts(config.parallel, shape)
+    _check_experts(config, shape)
     stages = layers_of_stages(config.parallel, shape.num_hidden_layers)
     stage_layers = min(min(chunks) for chunks in stages)
     check_fp8_shapes(config, shape)
@@ -191,7 +192,14 @@ def check_files(config: Config) -> None:
             _refuse(key, file, "an existing file")
 
 
-def _check_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
+def _check_experts(config: Config, shape: ModelShape) -> None:
+    parallel = config.parallel
+    if config.model.moe_routing_replay:
+        if not shape.num_experts:
+            _refuse("model.moe_routing_replay", True, "false for a model without experts")
+        if config.model.recompute_granularity == "full" and parallel.pipeline_model_parallel_size > 1:
+            # The backward pass chooses anew, of a row that another one has followed by then.
+            _refuse("model.moe_routing_replay", True, "false with recompute_granularity full in a pipeline")
     if not shape.num_experts:
         for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
             if getattr(parallel, name) not in (None, 1):

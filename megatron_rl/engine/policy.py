@@ -17,6 +17,7 @@ from megatron_rl.config.numerics import megatron_numerics, row_multiple
 from megatron_rl.config.schema import AdamImplementation, Dtype, LayerSpec, ModelConfig, ParallelConfig
 from megatron_rl.engine.head import LogProbHead
 from megatron_rl.engine.quantized_layers import fake_quantize
+from megatron_rl.engine.routing import RoutingReplay
 from megatron_rl.models.build import build_gpt_model, transformer_config
 from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.choices import choose
@@ -87,6 +88,7 @@ class Policy:
             num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
             account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
             account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
+            moe_enable_routing_replay=model.moe_routing_replay,
             recompute_granularity=model.recompute_granularity,
             recompute_method=model.recompute_method,
             recompute_num_layers=model.recompute_num_layers,
@@ -115,6 +117,7 @@ class Policy:
             for gpt in self.models:
                 fake_quantize(gpt, model.quantization)
         self._install_head()
+        self.routing = RoutingReplay(self.models)
         self.parameters = local_parameters(self.models)
         check_table(self.parameters, self.maps, Place.of(groups))
         if model.load_weights:

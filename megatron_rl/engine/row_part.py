@@ -23,6 +23,8 @@ from megatron_rl.parallel.groups import Groups
 class RowPart:
     """A row, and this rank's P slots of it; on this rank's device."""
 
+    number: int
+    """Which row it is, the same in every pass over it."""
     row: PackedRow
     """The whole row of T tokens."""
     tokens: Tensor
@@ -49,10 +51,11 @@ class RowPart:
         moved = replace(row, **tensors, per_token=per_token)
         if size == 1 and len(row.tokens) % multiple == 0:
             params = _packed_seq_params(moved.cu_seqlens, row.max_seqlen)
-            return RowPart(moved, moved.tokens, moved.labels, moved.position_ids, params, None, None, None)
+            return RowPart(id(row), moved, moved.tokens, moved.labels, moved.position_ids, params, None, None, None)
         split = ContextSplit.of(row.cu_seqlens, size=size, rank=groups.cp.rank(), multiple=multiple)
         slots = split.tokens.to(this_device())
         return RowPart(
+            number=id(row),
             row=moved,
             tokens=moved.tokens[slots],
             labels=moved.labels[slots],

@@ -21,6 +21,7 @@ from megatron_rl.data.packing import PackedRow
 from megatron_rl.device import this_device
 from megatron_rl.engine.head import TokenLoss
 from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.routing import scale_auxiliary_losses
 from megatron_rl.engine.row_part import RowPart
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
 
@@ -47,7 +48,8 @@ def _token_losses(loss_fn: LossFunction | None, part: RowPart) -> TokenLosses | 
 
 
 def _forward_step(parts: Iterator[RowPart], model: Any, *, policy: Policy, loss_fn: LossFunction | None) -> Any:
-    part = next(parts)
+    part, chunk = next(parts), policy.chunks.index(model)
+    policy.routing.before(chunk, part.number)
     forward = partial(
         model,
         input_ids=part.tokens[None],
@@ -60,6 +62,7 @@ def _forward_step(parts: Iterator[RowPart], model: Any, *, policy: Policy, loss_
         output = policy.head(forward, part.labels, _token_losses(loss_fn, part))
     else:
         output = forward()
+    policy.routing.after(chunk, part.number)
 
     def loss(output: Tensor | TokenLoss, non_loss_data: bool = False) -> Any:
         outputs = output.outputs if isinstance(output, TokenLoss) else output
@@ -84,6 +87,8 @@ def _finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any)
 def _run(policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction | None, *, forward_only: bool) -> list[Any]:
     policy.config.finalize_model_grads_func = _finalize
     parts = [RowPart.of(row, policy.groups, multiple=policy.row_multiple) for row in rows]
+    if not forward_only:
+        scale_auxiliary_losses(policy.config, policy.groups, sum(len(part.row.tokens) for part in parts))
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, policy=policy, loss_fn=loss_fn),
         data_iterator=[iter(parts) for _ in policy.chunks] if len(policy.chunks) > 1 else iter(parts),

@@ -141,7 +141,9 @@ class Reinforcement:
         ]
         rows = _rows(batches)
         if not self.on_policy or self.kl.in_reward:
-            outputs = forward_log_probs(self.training.policy, rows, temperature=self.sampling.temperature)
+            policy = self.training.policy
+            with policy.routing.recording():
+                outputs = forward_log_probs(policy, rows, temperature=self.sampling.temperature)
             for row, (log_probs, _) in zip(rows, outputs, strict=True):
                 row.per_token["old_log_probs"] = log_probs
         self.kl.add_log_probs(rows, temperature=self.sampling.temperature)

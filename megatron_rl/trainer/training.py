@@ -204,7 +204,8 @@ class Training:
     ) -> dict[str, Metric]:
         self._flops += model.sizes.training_flops(batch.lengths)
         optimizer.zero_grad()
-        metrics = forward_backward(model, batch.rows, objective, temperature=temperature)
+        with model.routing.replaying():
+            metrics = forward_backward(model, batch.rows, objective, temperature=temperature)
         bad_losses = metrics.pop(NON_FINITE_LOSSES).value if metrics else 0.0
         (bad_losses,) = reduce_counts([bad_losses], self.groups.world)
         update = optimizer.step(loss_is_finite=not bad_losses)
