@@ -258,6 +258,10 @@ def _check_layout(config: Config, world_size: int | None) -> None:
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         _refuse("parallel.sequence_parallel", True, "true only with parallel.tensor_model_parallel_size > 1")
+    dispatcher = config.model.transformer_config.get("moe_token_dispatcher_type", "alltoall")
+    if dispatcher == "allgather" and parallel.pipeline_model_parallel_size > 1:
+        key = "model.transformer_config.moe_token_dispatcher_type"
+        _refuse(key, dispatcher, "alltoall in a pipeline, whose rows differ in length")
     vpp = parallel.virtual_pipeline_model_parallel_size
     if vpp is not None and parallel.pipeline_model_parallel_size == 1:
         _refuse("parallel.virtual_pipeline_model_parallel_size", vpp, "null without pipeline_model_parallel_size > 1")

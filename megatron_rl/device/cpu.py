@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from megatron_rl.device.uneven_collectives import prepare_uneven_collectives
+
 # Modules of core with a literal device="cuda" or pin_memory=True on paths that a CPU reaches.
 _MODULES_WITH_CUDA_LITERALS = (
     "pipeline_parallel.schedules",
@@ -174,6 +176,7 @@ def prepare_megatron_for_cpu() -> None:
             module: Any = importlib.import_module(f"megatron.core.{name}")
             module.torch = host_torch
         _answer_token_dispatcher()
+        prepare_uneven_collectives()
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     # Core reports "CPU RNG state changed within GPU RNG context" at every fork; here the two are one by design.

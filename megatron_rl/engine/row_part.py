@@ -5,10 +5,12 @@ layout asks for it; what the model gives for the parts is joined again, in the o
 So losses see whole rows at any layout.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -43,16 +45,16 @@ class RowPart:
     """[T]: where each token is when the ranks' parts are joined; None: the part is the row."""
 
     @staticmethod
-    def of(row: PackedRow, groups: Groups, *, multiple: int) -> "RowPart":
-        """This rank's part, a multiple of `multiple` tokens long."""
+    def of(row: PackedRow, groups: Groups, *, multiple: int, at_least: int = 0) -> "RowPart":
+        """This rank's part: a multiple of `multiple` tokens long, and at least `at_least`."""
         size = groups.cp.size()
         tensors: Any = {name: value.to(this_device()) for name, value in vars(row).items() if isinstance(value, Tensor)}
         per_token = {name: value.to(this_device()) for name, value in row.per_token.items()}
         moved = replace(row, **tensors, per_token=per_token)
-        if size == 1 and len(row.tokens) % multiple == 0:
+        if size == 1 and len(row.tokens) % multiple == 0 and len(row.tokens) >= at_least:
             params = _packed_seq_params(moved.cu_seqlens, row.max_seqlen)
             return RowPart(id(row), moved, moved.tokens, moved.labels, moved.position_ids, params, None, None, None)
-        split = ContextSplit.of(row.cu_seqlens, size=size, rank=groups.cp.rank(), multiple=multiple)
+        split = ContextSplit.of(row.cu_seqlens, size=size, rank=groups.cp.rank(), multiple=multiple, at_least=at_least)
         slots = split.tokens.to(this_device())
         return RowPart(
             number=id(row),
@@ -81,6 +83,23 @@ class RowPart:
         return lambda log_probs, entropy, some: torch.where(
             is_padding[some], 0.0, of_row(log_probs, entropy, slots[some])
         )
+
+
+def parts_of_rows(rows: Sequence[PackedRow], groups: Groups, *, multiple: int, equal: bool) -> list[RowPart]:
+    """This rank's parts of its rows; see `RowPart.of`.
+
+    With `equal`, parts that replicas compute at the same time are filled up to the longest of them, which a collective
+    that takes equal parts needs; collective over groups.dp.
+    """
+    parts = [RowPart.of(row, groups, multiple=multiple) for row in rows]
+    if not equal or groups.dp.size() == 1:
+        return parts
+    of_ranks: list[list[int]] = [[] for _ in range(groups.dp.size())]
+    dist.all_gather_object(of_ranks, [len(part.tokens) for part in parts], group=groups.dp)
+    longest = [max(lengths) for lengths in zip(*of_ranks, strict=True)]
+    return [
+        RowPart.of(row, groups, multiple=multiple, at_least=length) for row, length in zip(rows, longest, strict=True)
+    ]
 
 
 def _packed_seq_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:

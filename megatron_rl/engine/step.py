@@ -22,7 +22,7 @@ from megatron_rl.device import this_device
 from megatron_rl.engine.head import TokenLoss
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.routing import scale_auxiliary_losses
-from megatron_rl.engine.row_part import RowPart
+from megatron_rl.engine.row_part import RowPart, parts_of_rows
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
 
 NON_FINITE_LOSSES = "optim/non_finite_losses"
@@ -86,7 +86,9 @@ def _finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any)
 
 def _run(policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction | None, *, forward_only: bool) -> list[Any]:
     policy.config.finalize_model_grads_func = _finalize
-    parts = [RowPart.of(row, policy.groups, multiple=policy.row_multiple) for row in rows]
+    # This way of sending tokens to experts gathers them all, in equal parts.
+    equal = bool(policy.config.num_moe_experts) and policy.config.moe_token_dispatcher_type == "allgather"
+    parts = parts_of_rows(rows, policy.groups, multiple=policy.row_multiple, equal=equal)
     if not forward_only:
         scale_auxiliary_losses(policy.config, policy.groups, sum(len(part.row.tokens) for part in parts))
     return get_forward_backward_func()(

@@ -67,20 +67,21 @@ class ContextSplit:
     """[T] int64: where each token of the row is when the ranks' parts are joined in rank order."""
 
     @staticmethod
-    def of(cu_seqlens: Tensor, *, size: int, rank: int, multiple: int = 1) -> "ContextSplit":
+    def of(cu_seqlens: Tensor, *, size: int, rank: int, multiple: int = 1, at_least: int = 0) -> "ContextSplit":
         """The part of one rank.
 
         Args:
             cu_seqlens: [S + 1] bounds of the row's sequences, of any length, also 0; at least one token in all.
             size, rank: of the context-parallel group.
             multiple: a rank's part is a multiple of this long, as sequence parallelism asks for.
+            at_least: a rank's part is at least this long.
         """
         bounds = cu_seqlens.tolist()
         unit = 2 * size if size > 1 else 1
         lengths = [stop - start for start, stop in pairwise(bounds)]
         padded = [-(-length // unit) * unit for length in lengths]
         missing = 0
-        while (sum(padded) + missing) % (size * multiple):
+        while (sum(padded) + missing) % (size * multiple) or sum(padded) + missing < size * at_least:
             missing += unit
         padded_bounds = list(accumulate([*padded, missing] if missing else padded, initial=0))
         source = torch.zeros(padded_bounds[-1], dtype=torch.int64)
