@@ -36,7 +36,7 @@ from megatron_rl.parallel.reductions import reduce_metrics
 from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective
 from megatron_rl.trainer.policy_losses import resolve_policy_loss
-from megatron_rl.weights.gather import _assemble
+from megatron_rl.weights.gather import assemble
 from megatron_rl.weights.local_shards import Place
 from tests.distributed.training_ranks import recorded_rollouts
 
@@ -213,7 +213,7 @@ def whole_gradients(policy: Policy) -> dict[str, torch.Tensor]:
         shards = {p.in_group_of(tensor_map)[0]: g[tensor_map.name] for p, g in of_ranks or [] if tensor_map.name in g}
         if shards:
             gradients |= {
-                name: whole.clone() for name, whole in _assemble(tensor_map, [shards[i] for i in sorted(shards)])
+                name: whole.clone() for name, whole in assemble(tensor_map, [shards[i] for i in sorted(shards)])
             }
     return gradients
 
