@@ -267,6 +267,12 @@ def _check_layout(config: Config, world_size: int | None) -> None:
         _refuse("parallel.virtual_pipeline_model_parallel_size", vpp, "null without pipeline_model_parallel_size > 1")
     expert_tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
     expert_ranks = parallel.expert_model_parallel_size * expert_tensor
+    if parallel.expert_model_parallel_size == 1 and expert_tensor != parallel.tensor_model_parallel_size:
+        # Megatron then sums the experts' gradients over the ranks of the other parameters, which hold other shards.
+        allowed = (
+            f"{parallel.tensor_model_parallel_size} (tensor_model_parallel_size) with expert_model_parallel_size 1"
+        )
+        _refuse("parallel.expert_tensor_parallel_size", expert_tensor, allowed)
     stage_ranks = _num_ranks(config, world_size) // parallel.pipeline_model_parallel_size
     if stage_ranks % expert_ranks:
         _refuse(

@@ -71,6 +71,8 @@ def layouts(num_ranks: int, *, experts: int = 0) -> Iterator[dict[str, Any]]:
         # Megatron trains experts under tensor parallelism with sequence parallelism only.
         sequence_parallel = [False] if tp == 1 else [True] if experts else [False, True]
         expert_sizes = [(ep, etp) for ep, etp in product(sizes, repeat=2) if num_ranks // pp % (ep * etp) == 0]
+        # Alone, experts that are split otherwise than the rest get wrong sums: refused by the configuration.
+        expert_sizes = [(ep, etp) for ep, etp in expert_sizes if ep > 1 or etp == tp]
         expert_sizes = [(ep, etp) for ep, etp in expert_sizes if experts and experts % ep == 0] or [(1, None)]
         for sp, chunks, (ep, etp) in product(sequence_parallel, [None, 2] if pp > 1 else [None], expert_sizes):
             yield dict(

@@ -25,7 +25,6 @@ COEFFICIENT = 0.05
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "ep2": (2, {"expert_model_parallel_size": 2}),
-    "etp2": (2, {"expert_tensor_parallel_size": 2}),
     "cp2": (2, {"context_parallel_size": 2}),
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),

@@ -29,7 +29,7 @@ CASES: list[tuple[str, dict[str, Any], bool, Dtype]] = [
     ("qwen3", {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1}, True, Dtype.bfloat16),
     ("qwen3", {"context_parallel_size": 2}, False, Dtype.bfloat16),
     ("qwen3_moe", {"expert_model_parallel_size": 2}, True, Dtype.float32),
-    ("qwen3_moe", {"expert_tensor_parallel_size": 2}, True, Dtype.bfloat16),
+    ("qwen3_moe", {"tensor_model_parallel_size": 2, "sequence_parallel": True}, True, Dtype.bfloat16),
 ]
 
 
