@@ -46,6 +46,11 @@ MICRO_BATCH_TOKENS = (1, 24, 4096)
 """One sequence in a row, a few, all of a rank's."""
 
 
+# The contract's bound. float32 rounds at 6e-8, and a gradient sums over 100 tokens and passes 4 layers. Its error is
+# measured by the norm of its tensor: single elements may cancel to nothing.
+RELATIVE = 1e-5
+
+
 @dataclass(frozen=True)
 class Case:
     """One step at one layout."""
@@ -63,7 +68,10 @@ class Case:
 
 
 def layouts(num_ranks: int, *, experts: int = 0) -> Iterator[dict[str, Any]]:
-    """Every legal factorisation of `num_ranks`, of a model with `experts` routed experts and 4 or 8 layers."""
+    """Every legal factorisation of `num_ranks`, of a model of 4 layers with `experts` routed experts.
+
+    Stages of two chunks are for 2 stages only: 4 of them would take 8 layers, which amplify roundings.
+    """
     sizes = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
     for tp, pp, cp in product(sizes, repeat=3):
         if num_ranks % (tp * pp * cp):
@@ -74,7 +82,7 @@ def layouts(num_ranks: int, *, experts: int = 0) -> Iterator[dict[str, Any]]:
         # Alone, experts that are split otherwise than the rest get wrong sums: refused by the configuration.
         expert_sizes = [(ep, etp) for ep, etp in expert_sizes if ep > 1 or etp == tp]
         expert_sizes = [(ep, etp) for ep, etp in expert_sizes if experts and experts % ep == 0] or [(1, None)]
-        for sp, chunks, (ep, etp) in product(sequence_parallel, [None, 2] if pp > 1 else [None], expert_sizes):
+        for sp, chunks, (ep, etp) in product(sequence_parallel, [None, 2] if pp == 2 else [None], expert_sizes):
             yield dict(
                 tensor_model_parallel_size=tp,
                 pipeline_model_parallel_size=pp,
@@ -168,7 +176,7 @@ def as_stored(name: str, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def visit(rank: int, folder: Path, cases: list[Case], expected: Path) -> list[str]:
+def visit(rank: int, folder: Path, cases: list[Case], expected: Path, relative: float) -> list[str]:
     """What is wrong at each case, in words; an empty list is what is wanted."""
     references = torch.load(expected, weights_only=True)
     wrong: list[str] = []
@@ -177,7 +185,8 @@ def visit(rank: int, folder: Path, cases: list[Case], expected: Path) -> list[st
         expected_metrics, expected_gradients = references[case.loss]
         if rank == 0:
             wrong += [
-                f"{case}: {what}" for what in differences(metrics, gradients, expected_metrics, expected_gradients)
+                f"{case}: {what}"
+                for what in differences(metrics, gradients, expected_metrics, expected_gradients, relative)
             ]
     return wrong
 
@@ -230,25 +239,21 @@ def leave() -> None:
             dist.destroy_process_group(group)
 
 
-# The contract's bound. float32 rounds at 6e-8, and a gradient sums over 100 tokens and passes 8 layers. Its error is
-# measured by the norm of its tensor: single elements may cancel to nothing.
-RELATIVE = 1e-5
-
-
 def differences(
     metrics: dict[str, float],
     gradients: dict[str, torch.Tensor],
     expected_metrics: dict[str, float],
     expected_gradients: dict[str, torch.Tensor],
+    relative: float = RELATIVE,
 ) -> Iterator[str]:
     """Metrics and gradient tensors that are not the reference's, in words."""
     for name, number in expected_metrics.items():
-        if name not in metrics or not abs(metrics[name] - number) <= RELATIVE * abs(number) + 1e-7:
+        if name not in metrics or not abs(metrics[name] - number) <= relative * abs(number) + 1e-7:
             yield f"metric {name} is {metrics.get(name)}, must be {number}"
     if missing := expected_gradients.keys() ^ gradients.keys():
         yield f"gradients of one side only: {sorted(missing)}"
     for name in expected_gradients.keys() & gradients.keys():
         exact = expected_gradients[name]
         error = float((gradients[name].double() - exact).norm() / exact.norm().clamp(min=1e-12))
-        if not error <= RELATIVE:
+        if not error <= relative:
             yield f"gradient {name} is off by {error:.2e} of its norm"

@@ -12,10 +12,13 @@ from tests.checkpoints import make_checkpoint
 from tests.distributed.layout_matrix import LOSSES, RELATIVE, all_cases, differences, reference, some_cases, visit
 from tests.distributed.spawn import run_ranks
 
-# 8 layers are what 4 pipeline stages of 2 chunks each need. Small beside the family's own, for time.
-SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=8)
+# 4 layers are what 4 pipeline stages need, or 2 of 2 chunks each. Small beside the family's own, for time.
+SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4)
 FAMILIES = {"qwen3": 0, "qwen3_untied": 0, "qwen3_moe": 4, "deepseek_v3": 8}
 """Family -> number of experts."""
+# DeepSeek multiplies what its experts give by 2.5, and with it the roundings: on one rank 2.7e-5 was measured, of
+# float32 against float64.
+BOUNDS = {"deepseek_v3": 5e-5}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -33,7 +36,7 @@ def test_some_of_everything(family: tuple[str, Path, Path], num_ranks: int) -> N
     cases = some_cases(num_ranks, experts=FAMILIES[name])
     if num_ranks == 4:
         cases = cases[:: {"qwen3": 2, "qwen3_moe": 6}.get(name, 9)]  # for time; all of them in `test_everything`
-    for wrong in run_ranks(visit, num_ranks, folder, cases, expected, timeout_s=400.0):
+    for wrong in run_ranks(visit, num_ranks, folder, cases, expected, BOUNDS.get(name, RELATIVE), timeout_s=400.0):
         assert wrong == []
 
 
@@ -42,7 +45,7 @@ def test_some_of_everything(family: tuple[str, Path, Path], num_ranks: int) -> N
 def test_everything(family: tuple[str, Path, Path], num_ranks: int) -> None:
     name, folder, expected = family
     cases = all_cases(num_ranks, experts=FAMILIES[name])
-    for wrong in run_ranks(visit, num_ranks, folder, cases, expected, timeout_s=3000.0):
+    for wrong in run_ranks(visit, num_ranks, folder, cases, expected, BOUNDS.get(name, RELATIVE), timeout_s=3000.0):
         assert wrong == []
 
 
