@@ -26,6 +26,7 @@ def measure(kind: str, tokens: int, heads: int, groups: int, channels: int) -> d
     import torch
     from megatron.core import parallel_state
     from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
@@ -51,6 +52,7 @@ def measure(kind: str, tokens: int, heads: int, groups: int, channels: int) -> d
 
     if kind == "local":
         parallel_state._set_global_memory_buffer()
+        get_cuda_rng_tracker().add("model-parallel-rng", 1)
         local = DotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=One())
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).triu(1)
 
