@@ -575,7 +575,7 @@ class TrainConfig:
     num_epochs_per_step: int = 1
     """RL: passes over each rollout batch."""
     micro_batch_tokens: int = 8192
-    """Tokens of one packed row; longer single sequences get a row of their own."""
+    """Tokens of one packed row, over all its context-parallel ranks; longer single sequences get a row of their own."""
 
 
 @dataclass

@@ -3,13 +3,23 @@
 One world per number of ranks visits many layouts in turn.
 """
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.checkpoints import make_checkpoint
-from tests.distributed.layout_matrix import LOSSES, RELATIVE, all_cases, differences, reference, some_cases, visit
+from tests.distributed.layout_matrix import (
+    LOSSES,
+    RELATIVE,
+    Case,
+    all_cases,
+    differences,
+    reference,
+    some_cases,
+    visit,
+)
 from tests.distributed.spawn import run_ranks
 
 # 4 layers are what 4 pipeline stages need, or 2 of 2 chunks each. Small beside the family's own, for time.
@@ -21,37 +31,65 @@ FAMILIES = {"qwen3": 0, "qwen3_untied": 0, "qwen3_moe": 4, "deepseek_v3": 8}
 BOUNDS = {"deepseek_v3": 5e-5}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
-    """(name, checkpoint, file of the references)."""
-    root = tmp_path_factory.mktemp(request.param)
-    folder = make_checkpoint(root / "hf", request.param, seed=3, **SMALL)
-    torch.save({loss: reference(folder, loss) for loss in LOSSES}, root / "expected.pt")
-    return request.param, folder, root / "expected.pt"
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("matrix")
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_some_of_everything(family: tuple[str, Path, Path], num_ranks: int) -> None:
-    name, folder, expected = family
-    cases = some_cases(num_ranks, experts=FAMILIES[name])
-    if num_ranks == 4:
-        cases = cases[:: {"qwen3": 2, "qwen3_moe": 6}.get(name, 9)]  # for time; all of them in `test_everything`
-    for wrong in run_ranks(visit, num_ranks, folder, cases, expected, BOUNDS.get(name, RELATIVE), timeout_s=400.0):
+@cache
+def prepared(root: Path, family: str) -> tuple[Path, Path]:
+    """(checkpoint, file of the references)."""
+    folder = make_checkpoint(root / family, family, seed=3, **SMALL)
+    expected = root / f"{family}.pt"
+    torch.save({loss: reference(folder, loss) for loss in LOSSES}, expected)
+    return folder, expected
+
+
+def check(root: Path, family: str, num_ranks: int, cases: list[Case], timeout_s: float) -> None:
+    folder, expected = prepared(root, family)
+    bound = BOUNDS.get(family, RELATIVE)
+    for wrong in run_ranks(visit, num_ranks, folder, cases, expected, bound, timeout_s=timeout_s):
         assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("family", "num_ranks", "every"),
+    [
+        ("qwen3", 1, 1),
+        ("qwen3", 2, 1),
+        ("qwen3", 4, 3),
+        ("qwen3_untied", 2, 3),
+        ("qwen3_moe", 2, 1),
+        ("qwen3_moe", 4, 9),
+        ("deepseek_v3", 2, 3),
+    ],
+)
+def test_some_of_everything(root: Path, family: str, num_ranks: int, every: int) -> None:
+    """Each layout, or every so manieth, with another loss and size of micro-batches."""
+    check(root, family, num_ranks, some_cases(num_ranks, experts=FAMILIES[family])[::every], 300.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_everything(family: tuple[str, Path, Path], num_ranks: int) -> None:
-    name, folder, expected = family
-    cases = all_cases(num_ranks, experts=FAMILIES[name])
-    for wrong in run_ranks(visit, num_ranks, folder, cases, expected, BOUNDS.get(name, RELATIVE), timeout_s=3000.0):
-        assert wrong == []
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything(root: Path, family: str, num_ranks: int) -> None:
+    """Each layout with each loss and size of micro-batches."""
+    check(root, family, num_ranks, all_cases(num_ranks, experts=FAMILIES[family]), 3000.0)
 
 
-def test_what_is_wrong_is_seen(family: tuple[str, Path, Path]) -> None:
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_gathering_dispatcher(root: Path, sequence_parallel: bool) -> None:
+    """Megatron's other way of sending tokens to experts, which gathers rows that are filled up to one length."""
+    layout = dict(expert_model_parallel_size=2)
+    if sequence_parallel:
+        layout |= dict(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=1)
+    gathering = (("transformer_config", {"moe_token_dispatcher_type": "allgather"}),)
+    check(root, "qwen3_moe", 2, [Case(layout, 24, "grpo", gathering), Case(layout, 4096, "sft", gathering)], 200.0)
+
+
+def test_what_is_wrong_is_seen(root: Path) -> None:
     """A metric, a gradient's scale or one element that is off, or a tensor that is not there."""
-    _, _, expected = family
+    _, expected = prepared(root, "qwen3")
     metrics, gradients = torch.load(expected, weights_only=True)["grpo"]
     assert not list(differences(metrics, gradients, metrics, gradients))
     name = next(name for name in gradients if name.endswith("q_proj.weight"))
