@@ -30,6 +30,7 @@ RANGES = {
     "optimizer.lr_warmup_steps": "[0, inf)",
     "optimizer.lr_decay_steps": "[1, inf)",
     "optimizer.weight_decay": "[0, inf)",
+    "optimizer.weight_decay_end": "[0, inf)",
     "optimizer.adam_beta1": "[0, 1)",
     "optimizer.adam_beta2": "[0, 1)",
     "optimizer.adam_eps": "(0, inf)",

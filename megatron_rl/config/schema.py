@@ -248,6 +248,8 @@ class OptimizerConfig:
     """Optimizer steps until min_lr; null: the whole run."""
     weight_decay: float = 0.0
     """Decoupled weight decay; biases and norms have none."""
+    weight_decay_end: float | None = None
+    """Weight decay after lr_decay_steps, reached in a line; null: it stays."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.95
@@ -470,7 +472,8 @@ class KLConfig:
     place: KLPlace = KLPlace.loss
     """In the loss, or in the reward: of each token for an estimator over tokens, else summed over the completion."""
     weighted: bool = False
-    """In the loss: times the importance weight, with which k1 and k3 are right in their gradient too."""
+    """In the loss: times the importance weight, with which k1 and k3 are right in their gradient too. k1 without it
+    would train nothing."""
     target: float | None = None
     """KL per token, nats, that the coefficient is adapted to; null: it stays."""
     horizon: int = 10000

@@ -11,24 +11,58 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_rl.config.schema import AdamImplementation, LRDecayStyle, OptimizerConfig
+from megatron_rl.algorithms.schedules import ramp, warmup_decay
+from megatron_rl.config.schema import AdamImplementation, OptimizerConfig
 from megatron_rl.engine.policy import Policy
 
 
-class ExponentialScheduler(OptimizerParamScheduler):
-    """Core's scheduler with the one decay style that it lacks.
+class Schedule(OptimizerParamScheduler):
+    """Core's scheduler, its state and its parameter groups, with the formulas of `algorithms.schedules`.
 
-    lr_t = max_lr (min_lr / max_lr)^(t / T), t and T counted after warm-up.
+    Core's own have no exponential decay, and no weight decay that falls.
     """
+
+    def __init__(self, optimizer: Any, config: OptimizerConfig, *, num_steps: int) -> None:
+        """Args:
+        optimizer: Megatron's; anything with `param_groups`.
+        config: the user's.
+        num_steps: optimizer steps of the whole run.
+        """
+        end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
+        self.weight_decay = (config.weight_decay, end)
+        super().__init__(
+            optimizer,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=config.lr_warmup_steps,
+            lr_decay_steps=max(config.lr_decay_steps or num_steps, config.lr_warmup_steps + 1),
+            lr_decay_style=config.lr_decay_style.value,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=1,
+            wd_incr_style="constant",
+            # On resume the schedule is the configuration's; only how far it has come is the checkpoint's.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
+        )
 
     def get_lr(self, param_group: dict) -> float:
         """Learning rate after `num_steps` steps."""
-        decayed = self.num_steps - self.lr_warmup_steps
-        if decayed <= 0:
-            return float(super().get_lr(param_group))
-        max_lr, min_lr = (float(param_group.get(name, getattr(self, name))) for name in ("max_lr", "min_lr"))
-        progress = min(1.0, decayed / (self.lr_decay_steps - self.lr_warmup_steps))
-        return float(max_lr * (min_lr / max_lr) ** progress)
+        return warmup_decay(
+            self.num_steps,
+            start=self.init_lr,
+            peak=float(param_group.get("max_lr", self.max_lr)),
+            end=float(param_group.get("min_lr", self.min_lr)),
+            warmup_steps=self.lr_warmup_steps,
+            decay_steps=self.lr_decay_steps,
+            style=self.lr_decay_style,
+        )
+
+    def get_wd(self, param_group: dict | None = None) -> float:
+        """Weight decay after `num_steps` steps: in a line to its end, over the steps of the learning rate."""
+        start, end = self.weight_decay
+        return ramp(self.num_steps, start=start, end=end, num_steps=self.lr_decay_steps, style="linear")
 
 
 @dataclass(frozen=True)
@@ -87,24 +121,7 @@ class Optimizer:
             ),
             policy.chunks,
         )
-        exponential = config.lr_decay_style is LRDecayStyle.exponential
-        decay_steps = config.lr_decay_steps or num_steps
-        self.scheduler = (ExponentialScheduler if exponential else OptimizerParamScheduler)(
-            self.megatron,
-            init_lr=0.0,
-            max_lr=config.lr,
-            min_lr=config.min_lr,
-            lr_warmup_steps=config.lr_warmup_steps,
-            lr_decay_steps=max(decay_steps, config.lr_warmup_steps + 1),
-            lr_decay_style=config.lr_decay_style.value,
-            start_wd=config.weight_decay,
-            end_wd=config.weight_decay,
-            wd_incr_steps=1,
-            wd_incr_style="constant",
-            # On resume the schedule is the configuration's; only how far it has come is the checkpoint's.
-            use_checkpoint_opt_param_scheduler=False,
-            override_opt_param_scheduler=True,
-        )
+        self.scheduler = Schedule(self.megatron, config, num_steps=num_steps)
 
     def resume_schedule(self, state: dict[str, Any]) -> None:
         """Go on with the configuration's schedule from where a checkpoint's stood; after the optimizer's state."""
