@@ -47,7 +47,7 @@ class Schedule(OptimizerParamScheduler):
             override_opt_param_scheduler=True,
         )
 
-    def get_lr(self, param_group: dict) -> float:
+    def get_lr(self, param_group: dict[str, Any]) -> float:
         """Learning rate after `num_steps` steps."""
         return warmup_decay(
             self.num_steps,
@@ -59,7 +59,7 @@ class Schedule(OptimizerParamScheduler):
             style=self.lr_decay_style,
         )
 
-    def get_wd(self, param_group: dict | None = None) -> float:
+    def get_wd(self, param_group: dict[str, Any] | None = None) -> float:
         """Weight decay after `num_steps` steps: in a line to its end, over the steps of the learning rate."""
         start, end = self.weight_decay
         return ramp(self.num_steps, start=start, end=end, num_steps=self.lr_decay_steps, style="linear")
