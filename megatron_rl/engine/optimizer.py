@@ -49,11 +49,12 @@ class Schedule(OptimizerParamScheduler):
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
         """Learning rate after `num_steps` steps."""
+        peak, end = (float(param_group.get(name, getattr(self, name))) for name in ("max_lr", "min_lr"))
         return warmup_decay(
             self.num_steps,
             start=self.init_lr,
-            peak=float(param_group.get("max_lr", self.max_lr)),
-            end=float(param_group.get("min_lr", self.min_lr)),
+            peak=peak,
+            end=end,
             warmup_steps=self.lr_warmup_steps,
             decay_steps=self.lr_decay_steps,
             style=self.lr_decay_style,
