@@ -22,9 +22,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from megatron_rl.checkpoint.folders import LATEST, CheckpointError, iteration_folder, latest_step
 from megatron_rl.checkpoint.hf_export import checkpoint_dtype
-from megatron_rl.checkpoint.integrity import CheckpointError, check_files, loading
-from megatron_rl.checkpoint.training_state import LATEST, iteration_folder, latest_step
+from megatron_rl.checkpoint.integrity import check_files, loading
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import check_weights, read_json_object, read_model_shape
 from megatron_rl.config.schema import ParallelConfig

@@ -6,10 +6,14 @@ tensor lie; `common.pt` holds what all ranks share (from core 0.19 on an entry o
 file fails somewhere inside, on some ranks only, or hangs. Comparing sizes with the index costs a millisecond, gives the
 same answer on every rank and can name the file.
 
+Content is held against `digests.json`, which the writer adds last: the SHA-256 of every file. Reading all of it takes
+as long as loading it, so the ranks share the files, and only a run that resumes does it.
+
 The index is a pickle. It may come from elsewhere, so it is read here by an unpickler that builds nothing but the data
 classes of torch.distributed.checkpoint.
 """
 
+import hashlib
 import json
 import pickle
 import zipfile
@@ -24,7 +28,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rl.config.errors import UserError
+from megatron_rl.checkpoint.folders import CheckpointError
 
 _INDEX, _FORMAT, _COMMON, _COMMON_ENTRY = ".metadata", "metadata.json", "common.pt", "common_state/"
 _READ_ERRORS = (
@@ -39,8 +43,48 @@ _READ_ERRORS = (
 )
 
 
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read."""
+DIGESTS = "digests.json"
+"""By file name: {'bytes', 'sha256'}."""
+
+
+def digest(file: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def write_digests(folder: Path, known: list[dict[str, dict[str, Any]]]) -> None:
+    """Write digests.json.
+
+    Args:
+        folder: of one iteration, complete but for it.
+        known: digests that the ranks took of the files they wrote; the others' are taken here.
+    """
+    digests = {name: value for of_rank in known for name, value in of_rank.items()}
+    for file in folder.iterdir():
+        if file.name not in digests:
+            digests[file.name] = digest(file)
+    (folder / DIGESTS).write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n")
+
+
+def check_digests(folder: Path, *, part: int = 0, num_parts: int = 1) -> None:
+    """Compare the content of a part of the files with their digests; a checkpoint without them passes.
+
+    Raises:
+        CheckpointError: a file is not what was written; it is named.
+    """
+    if not (folder / DIGESTS).exists():  # one that was converted, or comes from another program
+        return
+    try:
+        digests = json.loads((folder / DIGESTS).read_text())
+        for name in sorted(digests)[part::num_parts]:
+            _require(folder, name)
+            if digest(folder / name) != digests[name]:
+                raise CheckpointError(f"{folder / name} is not what was written: its checksum differs")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / DIGESTS} cannot be checked: {type(error).__name__}: {error}") from error
 
 
 def check_files(folder: Path) -> dict[str, tuple[int, ...]]:

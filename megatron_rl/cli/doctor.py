@@ -1,25 +1,34 @@
 """`megatron-rl doctor`: what is installed, what it unlocks, what fails without the rest, and what a run takes.
 
+`megatron-rl doctor RUN_DIR`: what happened to a run that is dead or hangs.
+
 Versions come from the packages' metadata; only torch is imported, to see the devices.
 """
 
 import argparse
 import platform
+from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.errors import UserError
 from megatron_rl.config.schema import AdamImplementation, ModelConfig
 from megatron_rl.models.capabilities import LIBRARIES, capabilities, installed_version
 from megatron_rl.models.choices import choose
+from megatron_rl.trainer.diagnosis import diagnosis
+from megatron_rl.trainer.run_directory import RunDirectory
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser("doctor", help="what is installed, and what it unlocks")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, nargs="?", help="a run that is dead or hangs")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; 1 if a required library is absent."""
+    if arguments.run_dir is not None:
+        return _examine(arguments.run_dir)
     rows = [("python", platform.python_version(), ""), *devices()]
     failures = 0
     for library in LIBRARIES:
@@ -32,6 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
     if not failures:
         print(f"\na run here takes: {choose(capabilities(), ModelConfig(), AdamImplementation.auto)}")
     return 1 if failures else 0
+
+
+def _examine(run_dir: Path) -> int:
+    run = RunDirectory(run_dir)
+    if not run.logs_dir.is_dir():
+        raise UserError(f"RUN_DIR: given '{run_dir}', allowed: the folder of a run, which has logs/")
+    print("\n".join(diagnosis(run)))
+    return 0
 
 
 def devices() -> list[tuple[str, str, str]]:

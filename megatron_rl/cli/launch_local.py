@@ -4,9 +4,10 @@
               +- rank 1..N   (<logs>/rank_N.log)   signalled as a whole, with whatever the rank itself started
               +- guard       kills all groups if the launcher vanishes
 
-If one rank fails the others are ended, since they would wait for it, and its error is shown last. A first SIGINT or
-SIGTERM is passed on and the ranks decide (a trainer saves); a second one ends them. Whatever ends the launcher ends
-the ranks: the guard reads a pipe that only the launcher holds open, so that even SIGKILL cannot leave ranks behind.
+If one rank fails the others are ended, since they would wait for it, and its error is shown last. A first SIGINT,
+SIGTERM or SIGUSR1 is passed on and the ranks decide (a trainer saves); a second one ends them. Whatever ends the
+launcher ends the ranks: the guard reads a pipe that only the launcher holds open, so that even SIGKILL cannot leave
+ranks behind.
 
 A rank that has ended stays a zombie until all have: its process id, which is also its group's, is not given away
 while a signal may still be sent to it.
@@ -23,10 +24,13 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_rl.cli.rank_environment import free_port, rank_of_this_machine
+from megatron_rl.config.errors import EXIT_HANG, EXIT_RESUME
 
 GRACE_SECONDS = 10.0
 """From SIGTERM to SIGKILL."""
 _POLL_SECONDS = 0.02
+_SAID_IN_ONE_LINE = (2, EXIT_HANG)
+"""Exit codes of a user's mistake and of a watchdog."""
 _SHOWN_BYTES = 8192
 
 # Reads a group id per line until the launcher has closed the pipe, by whatever end, then kills the groups.
@@ -53,7 +57,7 @@ def launch(command: Sequence[str], *, num_ranks: int, logs: Path) -> int:
     """
     logs.mkdir(parents=True, exist_ok=True)
     ranks = _Ranks(logs)
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     previous = {number: signal.signal(number, ranks.on_signal) for number in stops}
     try:
         ranks.start(command, num_ranks)
@@ -116,9 +120,17 @@ class _Ranks:
                 num_passed_on = 1
             for rank in self._newly_ended():
                 if self.exit_codes[rank]:
+                    self._let_rank_0_speak(rank)
                     return rank
             time.sleep(_POLL_SECONDS)
         return None
+
+    def _let_rank_0_speak(self, failed: int) -> None:
+        """What is said in one line is usually said by all ranks: rank 0 says it here, unless it is ended before."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self.exit_codes[failed] in _SAID_IN_ONE_LINE and 0 not in self.exit_codes and time.monotonic() < deadline:
+            self._newly_ended()
+            time.sleep(_POLL_SECONDS)
 
     def end(self) -> None:
         """End what still runs, politely first, with everything that the ranks started; then the guard."""
@@ -141,21 +153,21 @@ class _Ranks:
             return stopped if stopped and len(self.signals) > 1 else 0
         code = self.exit_codes[failed]
         shell_code = code if code >= 0 else 128 - code
-        if shell_code != stopped:
+        if shell_code not in (stopped, EXIT_RESUME):  # a run that has saved its state has said so
             self._show_error(failed, code)
         return shell_code
 
     def _show_error(self, failed: int, code: int) -> None:
         how = f"failed first, with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
         if failed == 0:
-            # An exception (1) or a user's mistake (2) of rank 0 is the last thing on the terminal already.
-            if code not in (1, 2):
+            # An exception (1), a user's mistake (2) or a hang that rank 0 has named is on the terminal already.
+            if code not in (1, *_SAID_IN_ONE_LINE):
                 print(f"megatron-rl: rank 0 {how}", file=sys.stderr)
             return
         text = _end_of(self._log(failed), self.log_starts[failed])
-        if code != 2:
+        if code not in _SAID_IN_ONE_LINE:
             print(f"megatron-rl: rank {failed} {how}; the end of {self._log(failed)}:", text, sep="\n", file=sys.stderr)
-        elif self.exit_codes.get(0) != 2:  # else rank 0 made the same mistake, and has said so
+        elif self.exit_codes.get(0) != code:  # else rank 0 has said the same
             print(text.rpartition("\n")[2], file=sys.stderr)
 
     def _newly_ended(self) -> list[int]:

@@ -5,13 +5,15 @@ import torch, Megatron and vLLM inside `run`, so that help and errors come at on
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_rl import __version__
-from megatron_rl.cli import convert, doctor, evaluate, plan, quantize, report, train
-from megatron_rl.config.errors import UserError
+from megatron_rl.cli import convert, doctor, evaluate, launch_slurm, plan, quantize, report, train
+from megatron_rl.config.errors import EXIT_RESUME, Interrupted, UserError
 
 USER_ERROR = 2
 """Exit code of a user's mistake, which is also argparse's."""
@@ -21,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the process's own if `argv` is None.
 
     Returns:
-        The exit code. A user's mistake is one line on stderr and code 2; any other exception is ours and is raised.
+        The exit code. A user's mistake is one line on stderr and code 2; a run that was told to stop and has saved its
+        state, `EXIT_RESUME`; any other exception is ours and is raised.
     """
     # Read by torch and transformers when they are imported, which is later: notices that no user can act on.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -31,13 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except UserError as error:
         print(f"megatron-rl: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
+        return _told(USER_ERROR)
+    except Interrupted as interrupted:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron-rl: {interrupted}; the same command goes on from there", file=sys.stderr)
+        return _told(EXIT_RESUME)
+
+
+def _told(code: int) -> int:
+    """Leave the code where a job script looks for it: of many ranks, the launcher's own tells only the highest."""
+    if "MEGATRON_RL_ATTEMPT_LOGS" in os.environ:
+        with contextlib.suppress(OSError):
+            Path(os.environ["MEGATRON_RL_ATTEMPT_LOGS"], "exit_code").write_text(f"{code}\n")
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-rl", description="RL post-training of Megatron-Core models.")
     parser.add_argument("--version", action="version", version=f"megatron-rl {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, evaluate, convert, quantize, plan, report, doctor):
+    for command in (train, evaluate, launch_slurm, convert, quantize, plan, report, doctor):
         command.add_parser(subparsers)
     return parser

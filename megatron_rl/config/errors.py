@@ -1,7 +1,8 @@
 """The errors that a user's mistake raises.
 
 Every room derives its own from `UserError` (`DataError`, `RewardError`, `CheckpointError`, ...). The command line
-shows one as a single line and exits with code 2; any other exception is ours and keeps its traceback.
+shows one as a single line and exits with code 2; any other exception is ours and keeps its traceback. `Interrupted` is
+no error: a scheduler wants its nodes back.
 """
 
 
@@ -11,3 +12,14 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A configuration that cannot be run."""
+
+
+EXIT_RESUME = 75
+"""Exit code of a run that was told to stop, saved its state, and wants to be started again (EX_TEMPFAIL)."""
+
+EXIT_HANG = 70
+"""Exit code of a rank whose watchdog ended it; it has said who waits for whom."""
+
+
+class Interrupted(Exception):
+    """The run was told to stop and its state is saved. The message says at which step and by what."""

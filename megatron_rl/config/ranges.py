@@ -30,7 +30,6 @@ RANGES = {
     "optimizer.lr_warmup_steps": "[0, inf)",
     "optimizer.lr_decay_steps": "[1, inf)",
     "optimizer.weight_decay": "[0, inf)",
-    "optimizer.weight_decay_end": "[0, inf)",
     "optimizer.adam_beta1": "[0, 1)",
     "optimizer.adam_beta2": "[0, 1)",
     "optimizer.adam_eps": "(0, inf)",
@@ -77,9 +76,11 @@ RANGES = {
     "train.num_steps": "[1, inf)",
     "train.global_batch_size": "[1, inf)",
     "train.num_epochs_per_step": "[1, inf)",
+    "train.max_rollbacks": "[0, inf)",
     "train.micro_batch_tokens": "[1, inf)",
     "checkpoint.save_interval": "[0, inf)",
     "checkpoint.keep_last": "[1, inf)",
+    "checkpoint.keep_best": "[0, inf)",
     "evaluation.interval": "[0, inf)",
     "evaluation.num_samples_per_prompt": "[1, inf)",
     "evaluation.temperature": "[0, inf)",
@@ -87,6 +88,18 @@ RANGES = {
     "evaluation.max_prompts": "[1, inf)",
     "logging.num_logged_rollouts": "[0, inf)",
     "logging.peak_tflops_per_gpu": "(0, inf)",
+    "rewards.num_workers": "[0, inf)",
+    "rewards.timeout_seconds": "(0, inf)",
+    "rewards.memory_gigabytes": "(0, inf)",
+    "rewards.lost_value": "(-inf, inf)",
+    "watchdog.phase_minutes": "(0, inf)",
+    "watchdog.heartbeat_seconds": "(0, inf)",
+    "slurm.nodes": "[1, inf)",
+    "slurm.ntasks_per_node": "[1, inf)",
+    "slurm.gpus_per_node": "[0, inf)",
+    "slurm.cpus_per_task": "[1, inf)",
+    "slurm.signal_seconds": "[0, 65535]",
+    "slurm.max_restarts": "[0, inf)",
     "logging.convergence.window": "[2, inf)",
     "logging.convergence.loss_variance": "[0, inf)",
     "logging.convergence.policy_change": "[0, inf)",
@@ -118,3 +131,13 @@ def check_ranges(config: Config) -> None:
     for i, function in enumerate(config.rewards.functions):
         if not math.isfinite(function.weight):
             raise ConfigError(f"rewards.functions[{i}].weight: given {function.weight}, allowed: (-inf, inf)")
+    for i, guard in enumerate(config.guards):
+        for name, interval in (("above", "(-inf, inf)"), ("above_deviations", "(0, inf)"), ("window", "[5, inf)")):
+            number = getattr(guard, name)
+            if number is not None and not contains(interval, number):
+                raise ConfigError(f"guards[{i}].{name}: given {shown(number)}, allowed: {interval}")
+        if guard.above is None and guard.above_deviations is None:
+            raise ConfigError(f"guards[{i}]: given neither above nor above_deviations, allowed: one or both")
+    for phase, minutes in config.watchdog.phase_limits.items():
+        if not contains("(0, inf)", minutes):
+            raise ConfigError(f"watchdog.phase_limits.{phase}: given {minutes}, allowed: (0, inf)")

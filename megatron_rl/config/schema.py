@@ -155,6 +155,15 @@ class NonFinite(Enum):
 
     stop = "stop"
     skip = "skip"
+    rollback = "rollback"
+
+
+class GuardAction(Enum):
+    """What a guard does: leave the update out, end the run, or go back to its last checkpoint."""
+
+    skip = "skip"
+    stop = "stop"
+    rollback = "rollback"
 
 
 @dataclass
@@ -248,8 +257,6 @@ class OptimizerConfig:
     """Optimizer steps until min_lr; null: the whole run."""
     weight_decay: float = 0.0
     """Decoupled weight decay; biases and norms have none."""
-    weight_decay_end: float | None = None
-    """Weight decay after lr_decay_steps, reached in a line; null: it stays."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.95
@@ -263,7 +270,8 @@ class OptimizerConfig:
     use_distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel ranks."""
     on_non_finite: NonFinite = NonFinite.stop
-    """What to do when the loss or the gradient norm is not finite: stop the run, or skip the update and count it."""
+    """When the loss or the gradient norm is not finite: stop the run, skip the update and count it, or go back to the
+    last checkpoint and on with the data that follow."""
 
 
 @dataclass
@@ -403,6 +411,14 @@ class RewardsConfig:
 
     functions: list[RewardFunctionConfig] = field(default_factory=list)
     """The reward functions."""
+    num_workers: int = 2
+    """Processes of each engine for functions of your own; 0 calls them in the rank, where nothing limits them."""
+    timeout_seconds: float = 60.0
+    """Limit of one call; a function that takes longer loses its sample."""
+    memory_gigabytes: float = 4.0
+    """Limit of a process's data; a function that needs more loses its sample."""
+    lost_value: float = 0.0
+    """Value of a reward that was lost. How many were is shown as reward/lost."""
     model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """A learned reward."""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
@@ -472,8 +488,7 @@ class KLConfig:
     place: KLPlace = KLPlace.loss
     """In the loss, or in the reward: of each token for an estimator over tokens, else summed over the completion."""
     weighted: bool = False
-    """In the loss: times the importance weight, with which k1 and k3 are right in their gradient too. k1 without it
-    would train nothing."""
+    """In the loss: times the importance weight, with which k1 and k3 are right in their gradient too."""
     target: float | None = None
     """KL per token, nats, that the coefficient is adapted to; null: it stays."""
     horizon: int = 10000
@@ -577,6 +592,8 @@ class TrainConfig:
     """Samples of one optimizer step. RL: null takes all samples of the rollout step (exactly on-policy)."""
     num_epochs_per_step: int = 1
     """RL: passes over each rollout batch."""
+    max_rollbacks: int = 3
+    """Times that the run goes back to a checkpoint because of its numbers, before it stops."""
     micro_batch_tokens: int = 8192
     """Tokens of one packed row, over all its context-parallel ranks; longer single sequences get a row of their own."""
 
@@ -587,8 +604,14 @@ class CheckpointConfig:
 
     save_interval: int = 50
     """Steps between checkpoints; 0: only at the end."""
+    asynchronous: bool = True
+    """Write in the background, from a copy on the host; false: training waits until a checkpoint is complete."""
     keep_last: int | None = None
     """Keep this many newest checkpoints; null: all."""
+    keep_best: int = 0
+    """Keep besides this many with the best `best_metric`; needs keep_last."""
+    best_metric: str | None = None
+    """Metric of the saved step that keep_best compares, e.g. 'eval/heldout/accuracy'; '-' before the name: lowest."""
     export_hf: bool = True
     """Write the final policy as a Hugging Face checkpoint to hf/."""
 
@@ -645,6 +668,74 @@ class LoggingConfig:
 
 
 @dataclass
+class GuardConfig:
+    """A limit of one metric of the policy's updates; see `trainer/guards.py`."""
+
+    metric: str = MISSING
+    """Its name, e.g. 'policy/loss', 'optim/grad_norm', 'policy/approx_kl', 'mismatch/kl'."""
+    above: float | None = None
+    """The largest value that is allowed."""
+    above_deviations: float | None = None
+    """Standard deviations over the mean of the last `window` updates that are allowed."""
+    window: int = 50
+    """Updates that above_deviations looks back on."""
+    action: GuardAction = GuardAction.skip
+    """skip the update and count it, stop the run, or rollback to the last checkpoint and go on with later data."""
+
+
+@dataclass
+class WatchdogConfig:
+    """Limits of what may be waited for; a collective's own is parallel.distributed_timeout_minutes."""
+
+    enabled: bool = True
+    """Watch every rank; false leaves only the collectives' own limit."""
+    phase_minutes: float = 60.0
+    """Limit of any phase of a step; the run ends with the stacks of all ranks in logs/hang."""
+    phase_limits: dict[str, float] = field(default_factory=dict)
+    """Limits of single phases, minutes: start, generate, score, log_probs, train, sync_weights, evaluate, save, ..."""
+    heartbeat_seconds: float = 5.0
+    """How often each rank writes where it is to logs/ranks."""
+
+
+@dataclass
+class SlurmConfig:
+    """What `megatron-rl launch slurm` asks Slurm for; the options of sbatch by their own names."""
+
+    nodes: int = 1
+    """Nodes of the job."""
+    ntasks_per_node: int = 8
+    """Ranks of a node: one per GPU, or per CPU slot."""
+    gpus_per_node: int | None = None
+    """GPUs of a node; null: the partition's default."""
+    cpus_per_task: int | None = None
+    """CPU cores of a rank; null: the partition's default."""
+    time: str | None = None
+    """Limit of one attempt, e.g. '24:00:00'; the run saves before it and is queued again."""
+    partition: str | None = None
+    """Partition; null: the cluster's default."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    signal_seconds: int = 180
+    """The ranks are told to save this long before the time limit; longer than a step and a checkpoint."""
+    max_restarts: int = 3
+    """Starts after a failure inside one job, besides those that Slurm makes."""
+    container: str | None = None
+    """Image that the ranks run in; null: none."""
+    container_runtime: str = "pyxis"
+    """'pyxis' or 'apptainer'."""
+    container_mounts: str | None = None
+    """'from:to,...' besides the working folder."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of the job, e.g. MASTER_ADDR, MEGATRON_RL (the program)."""
+    sbatch_args: list[str] = field(default_factory=list)
+    """Further options of sbatch, e.g. '--constraint=h200'."""
+    script: str = "slurm/train.sbatch"
+    """The job."""
+
+
+@dataclass
 class Config:
     """A run."""
 
@@ -680,3 +771,9 @@ class Config:
     """Held-out evaluation."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What a run shows."""
+    guards: list[GuardConfig] = field(default_factory=list)
+    """Limits of metrics, e.g. of the KL, and what is done beyond them."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """Limits of waiting."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """What `megatron-rl launch slurm` asks for."""

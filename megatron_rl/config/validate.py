@@ -26,7 +26,7 @@ from megatron_rl.config.load import shown
 from megatron_rl.config.numerics import check_fp8_shapes, check_numerics
 from megatron_rl.config.pipeline import layers_of_stages
 from megatron_rl.config.ranges import check_ranges
-from megatron_rl.config.schema import Aggregation, Config, KLEstimator, KLPlace, LRDecayStyle, ParallelConfig, Recipe
+from megatron_rl.config.schema import Aggregation, Config, LRDecayStyle, ParallelConfig, Recipe
 
 _DATA_FORMATS = ("jsonl", "parquet", "gsm8k")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -137,12 +137,13 @@ def check_values(config: Config, *, world_size: int | None, generates: bool) -> 
     for key, name in (("name", config.name), ("evaluation.name", config.evaluation.name)):
         if not _FOLDER_NAME.fullmatch(name):
             _refuse(key, name, "letters, digits, '.', '_' and '-', the first a letter or digit")
-    for key, optimizer in (("", config.optimizer), ("algorithm.critic.", config.algorithm.critic.optimizer)):
-        if optimizer.lr_decay_style is LRDecayStyle.exponential and not optimizer.min_lr:
-            _refuse(f"{key}optimizer.min_lr", optimizer.min_lr, "above 0 with lr_decay_style exponential")
+    if config.optimizer.lr_decay_style is LRDecayStyle.exponential and not config.optimizer.min_lr:
+        _refuse("optimizer.min_lr", config.optimizer.min_lr, "above 0 with lr_decay_style exponential")
     check_numerics(config)
     _check_recompute(config)
     _check_free_form(config)
+    _check_checkpoint(config)
+    _check_slurm(config)
     _check_data(config)
     _check_layout(config, world_size)
     _check_batches(config, world_size)
@@ -244,6 +245,19 @@ def _check_free_form(config: Config) -> None:
                 _refuse(f"{section}.{name}", given[name], f"only by {owners[name]}")
 
 
+def _check_checkpoint(config: Config) -> None:
+    checkpoint = config.checkpoint
+    if checkpoint.keep_best and checkpoint.keep_last is None:
+        _refuse("checkpoint.keep_best", checkpoint.keep_best, "0 without checkpoint.keep_last, which keeps all")
+    if checkpoint.keep_best and not checkpoint.best_metric:
+        _refuse("checkpoint.best_metric", checkpoint.best_metric, "the name of a metric with checkpoint.keep_best")
+
+
+def _check_slurm(config: Config) -> None:
+    if config.slurm.container_runtime not in ("pyxis", "apptainer"):
+        _refuse("slurm.container_runtime", config.slurm.container_runtime, "pyxis, apptainer")
+
+
 def _check_data(config: Config) -> None:
     data = config.data
     if data.format not in _DATA_FORMATS:
@@ -314,11 +328,6 @@ def _check_batches(config: Config, world_size: int | None) -> None:
     if algorithm.token_sum_norm is not None and algorithm.aggregation is not Aggregation.token_sum_norm:
         _refuse(
             "algorithm.token_sum_norm", algorithm.token_sum_norm, "null unless algorithm.aggregation=token_sum_norm"
-        )
-    kl = algorithm.kl
-    if kl.coefficient > 0 and kl.place is KLPlace.loss and kl.estimator is KLEstimator.k1 and not kl.weighted:
-        _refuse(
-            "algorithm.kl.estimator", "k1", "k2 or k3 in the loss (k1 has gradient 0 there), or with kl.weighted=true"
         )
 
 

@@ -59,6 +59,9 @@ class Sample:
     token_rewards: tuple[float, ...] | None = None
     """What single tokens of the completion earned, of a process reward; their sum is part of `reward`."""
 
+    lost: tuple[str, ...] = ()
+    """Why rewards could not be computed: a function that took too long, too much memory, or crashed."""
+
     @property
     def terminal_reward(self) -> float:
         """What the completion earned as a whole."""

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,59 +12,24 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_rl.algorithms.schedules import ramp, warmup_decay
-from megatron_rl.config.schema import AdamImplementation, OptimizerConfig
+from megatron_rl.config.schema import AdamImplementation, LRDecayStyle, OptimizerConfig
 from megatron_rl.engine.policy import Policy
 
 
-class Schedule(OptimizerParamScheduler):
-    """Core's scheduler, its state and its parameter groups, with the formulas of `algorithms.schedules`.
+class ExponentialScheduler(OptimizerParamScheduler):
+    """Core's scheduler with the one decay style that it lacks.
 
-    Core's own have no exponential decay, and no weight decay that falls.
+    lr_t = max_lr (min_lr / max_lr)^(t / T), t and T counted after warm-up.
     """
 
-    def __init__(self, optimizer: Any, config: OptimizerConfig, *, num_steps: int) -> None:
-        """Args:
-        optimizer: Megatron's; anything with `param_groups`.
-        config: the user's.
-        num_steps: optimizer steps of the whole run.
-        """
-        end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
-        self.weight_decay = (config.weight_decay, end)
-        super().__init__(
-            optimizer,
-            init_lr=0.0,
-            max_lr=config.lr,
-            min_lr=config.min_lr,
-            lr_warmup_steps=config.lr_warmup_steps,
-            lr_decay_steps=max(config.lr_decay_steps or num_steps, config.lr_warmup_steps + 1),
-            lr_decay_style=config.lr_decay_style.value,
-            start_wd=config.weight_decay,
-            end_wd=config.weight_decay,
-            wd_incr_steps=1,
-            wd_incr_style="constant",
-            # On resume the schedule is the configuration's; only how far it has come is the checkpoint's.
-            use_checkpoint_opt_param_scheduler=False,
-            override_opt_param_scheduler=True,
-        )
-
-    def get_lr(self, param_group: dict[str, Any]) -> float:
+    def get_lr(self, param_group: dict) -> float:
         """Learning rate after `num_steps` steps."""
-        peak, end = (float(param_group.get(name, getattr(self, name))) for name in ("max_lr", "min_lr"))
-        return warmup_decay(
-            self.num_steps,
-            start=self.init_lr,
-            peak=peak,
-            end=end,
-            warmup_steps=self.lr_warmup_steps,
-            decay_steps=self.lr_decay_steps,
-            style=self.lr_decay_style,
-        )
-
-    def get_wd(self, param_group: dict[str, Any] | None = None) -> float:
-        """Weight decay after `num_steps` steps: in a line to its end, over the steps of the learning rate."""
-        start, end = self.weight_decay
-        return ramp(self.num_steps, start=start, end=end, num_steps=self.lr_decay_steps, style="linear")
+        decayed = self.num_steps - self.lr_warmup_steps
+        if decayed <= 0:
+            return float(super().get_lr(param_group))
+        max_lr, min_lr = (float(param_group.get(name, getattr(self, name))) for name in ("max_lr", "min_lr"))
+        progress = min(1.0, decayed / (self.lr_decay_steps - self.lr_warmup_steps))
+        return float(max_lr * (min_lr / max_lr) ** progress)
 
 
 @dataclass(frozen=True)
@@ -76,6 +42,8 @@ class Update:
     """Learning rate that it used."""
     finite: bool
     """False: the loss or the norm was not finite, and nothing was changed."""
+    made: bool = True
+    """False: nothing was changed."""
 
 
 def _take(implementation: AdamImplementation) -> None:
@@ -122,7 +90,24 @@ class Optimizer:
             ),
             policy.chunks,
         )
-        self.scheduler = Schedule(self.megatron, config, num_steps=num_steps)
+        exponential = config.lr_decay_style is LRDecayStyle.exponential
+        decay_steps = config.lr_decay_steps or num_steps
+        self.scheduler = (ExponentialScheduler if exponential else OptimizerParamScheduler)(
+            self.megatron,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=config.lr_warmup_steps,
+            lr_decay_steps=max(decay_steps, config.lr_warmup_steps + 1),
+            lr_decay_style=config.lr_decay_style.value,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=1,
+            wd_incr_style="constant",
+            # On resume the schedule is the configuration's; only how far it has come is the checkpoint's.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
+        )
 
     def resume_schedule(self, state: dict[str, Any]) -> None:
         """Go on with the configuration's schedule from where a checkpoint's stood; after the optimizer's state."""
@@ -137,18 +122,21 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def step(self, *, loss_is_finite: bool = True) -> Update:
+    def step(self, *, loss_is_finite: bool = True, accepts: Callable[[float], bool] | None = None) -> Update:
         """Apply the accumulated gradients once, clipped, and advance the schedule.
 
         Args:
             loss_is_finite: equal on all ranks; False skips the update, as a gradient norm does that is not finite.
+            accepts: asked with the gradient norm, on all ranks; False skips the update.
         """
         lr = max(group["lr"] for group in self.megatron.param_groups) if self.megatron.param_groups else 0.0
         self.megatron.prepare_grads()
         # The norm is a sum over all ranks, so they agree on whether it is finite.
         grad_norm = float(self.megatron.get_grad_norm())
         if not (loss_is_finite and math.isfinite(grad_norm)):
-            return Update(grad_norm, lr, finite=False)
+            return Update(grad_norm, lr, finite=False, made=False)
+        if accepts is not None and not accepts(grad_norm):
+            return Update(grad_norm, self._over_ranks(lr), finite=True, made=False)
         self.megatron.step()
         self.scheduler.step(increment=1)
         return Update(grad_norm, self._over_ranks(lr), finite=True)

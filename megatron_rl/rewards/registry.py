@@ -50,6 +50,11 @@ class BoundReward:
     call: RewardFunction
     """Takes the five sample keywords and hands on those that the function names."""
 
+    @property
+    def is_users(self) -> bool:
+        """Whether it is a function of the user's own, found by its path; what is built in ends by itself."""
+        return ":" in self.name
+
 
 def resolve_rewards(config: RewardsConfig) -> list[BoundReward]:
     """The reward functions of a run, in the order of the settings.

@@ -70,12 +70,12 @@ def train_on(
         while not training.is_done:
             with training.step() as row:
                 chosen = [judgements[i] for i in order.rows(state.data_position, batch_size)]
+                state.data_position += batch_size
                 with training.timer.phase("train"):
                     batch = _batch(training, chosen, recipe)
                     objective = recipe.objective(chosen, batch)
                     row |= training.reduce(training.update(batch, objective))
                 row["throughput/tokens"] = batch.num_tokens
-                state.data_position += batch_size
                 done = state.step + 1
                 if held_out and (done == config.train.num_steps or (interval and done % interval == 0)):
                     with training.timer.phase("evaluate"):

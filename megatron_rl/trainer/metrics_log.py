@@ -8,12 +8,17 @@ after its checkpoint goes, and the steps that are made again are logged once.
 JSON has no nan and no infinity. They are written as null, which says "there was a number here and it was not finite";
 `read_metrics` gives it back as nan.
 
+A disk that is full, or a file system that is away for a while, does not end a run: rows that cannot be written are
+kept and tried again with the next ones, and a checkpoint takes them along (`unwritten`), so that none is ever missing.
+
 One process of a run builds a `MetricsLog`: rank 0.
 """
 
+import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,8 +56,9 @@ class MetricsLog:
         # W&B first: its missing package is the one user mistake here, and it should leave no file behind.
         self._wandb = _start_wandb(run, wandb_project, name, config) if wandb_project is not None else None
         self._path = run.metrics_file
-        self._file = open(self._path, "ab")  # noqa: SIM115 - closed by close()
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         os.truncate(self._path, _whole_lines_end(self._path.read_bytes()))
+        self._unwritten: list[bytes] = []
         self._last_step = self._read_last_step()
         self._tensorboard = _TensorBoard(run) if tensorboard else None
 
@@ -75,20 +81,57 @@ class MetricsLog:
             raise ValueError('"step" cannot be the name of a metric')
         numbers = {key: _plain(metrics[key]) for key in sorted(metrics)}
         row = {"step": step} | {key: finite_or_null(value) for key, value in numbers.items()}
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self._unwritten.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._write()
         self._last_step = step
         if self._tensorboard:
-            self._tensorboard.append(step, numbers)
+            try:
+                self._tensorboard.append(step, numbers)
+            except OSError as error:
+                self._tensorboard = None
+                _warn(f"TensorBoard events cannot be written any more: {error}; metrics.jsonl has all numbers")
         if self._wandb:
             self._wandb.log(numbers, step=step)
 
     def position(self) -> int:
         """Bytes of the log so far, all of them on the disk: the number that a checkpoint stores for `truncate`."""
-        os.fsync(self._file.fileno())
-        if self._tensorboard:
-            self._tensorboard.flush()
+        self._write()
+        try:
+            os.fsync(self._file.fileno())
+            if self._tensorboard:
+                self._tensorboard.flush()
+        except OSError as error:
+            _warn(f"{self._path} cannot be put on the disk: {error}")
         return os.path.getsize(self._path)
+
+    @property
+    def unwritten(self) -> str:
+        """Rows that could not be written so far, for a checkpoint to take along."""
+        return b"".join(self._unwritten).decode()
+
+    def take_back(self, unwritten: str) -> None:
+        """Write rows of `unwritten`, those that are not in the file by now."""
+        for line in unwritten.splitlines(keepends=True):
+            step = json.loads(line)["step"]
+            if self._last_step is None or step > self._last_step:
+                self._unwritten.append(line.encode())
+                self._last_step = step
+        self._write()
+
+    def _write(self) -> None:
+        """Write the rows that wait; what cannot be written goes on waiting."""
+        if not self._unwritten:
+            return
+        size = os.path.getsize(self._path)
+        content = b"".join(self._unwritten)
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            os.truncate(self._path, size)  # no part of a row
+            _warn(f"{self._path} cannot be written: {error}; {len(self._unwritten)} rows are kept and tried again")
+            return
+        self._unwritten.clear()
 
     def truncate(self, position: int) -> None:
         """Drop all rows after `position`, a number that `position()` returned, possibly in another process.
@@ -109,6 +152,7 @@ class MetricsLog:
 
     def truncate_to_step(self, step: int) -> None:
         """Drop all rows of steps after `step`."""
+        self._unwritten = [line for line in self._unwritten if json.loads(line)["step"] <= step]
         end = 0
         for line in self._path.read_bytes().splitlines(keepends=True):
             if json.loads(line)["step"] > step:
@@ -121,7 +165,8 @@ class MetricsLog:
         self.position()
         self._file.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
 
@@ -168,6 +213,10 @@ def finite_or_null(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite_or_null(item) for item in value]
     return value
+
+
+def _warn(message: str) -> None:
+    print(f"megatron-rl: {message}", file=sys.stderr, flush=True)
 
 
 def _plain(value: float) -> float:

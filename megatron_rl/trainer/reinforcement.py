@@ -32,7 +32,7 @@ from megatron_rl.trainer.rollouts import RolloutWorker, build_engine, draw_seeds
 from megatron_rl.trainer.sample_report import sample_metrics, sample_records
 from megatron_rl.trainer.sync import WeightSync
 from megatron_rl.trainer.tokenizer import load_tokenizer
-from megatron_rl.trainer.training import Training
+from megatron_rl.trainer.training import Training, say
 
 _MISMATCH = "mismatch/log_prob_abs_diff_mean"
 
@@ -90,8 +90,9 @@ class Reinforcement:
             seed=config.seed,
             batch_invariant=config.model.batch_invariant_mode,
         )
-        self.worker = RolloutWorker(engine, rewards, layout, groups)
+        self.worker = RolloutWorker(engine, rewards, layout, groups, config=config.rewards)
         self._sync = WeightSync(self.training, engine, layout, self.prompts)
+        self.training.after_rollback = self.sync_weights
 
     @property
     def on_policy(self) -> bool:
@@ -201,7 +202,11 @@ class Reinforcement:
         done = self.training.state.step
         if self.training.is_main:
             count = self.config.logging.num_logged_rollouts
-            write_rollouts(self.training.run, done + 1, sample_records(samples, advantages, step=done + 1, count=count))
+            records = sample_records(samples, advantages, step=done + 1, count=count)
+            try:
+                write_rollouts(self.training.run, done + 1, records)
+            except OSError as error:  # a full disk costs these samples' record, not the run
+                say(f"rollouts of step {done + 1} cannot be written: {error}")
         return sample_metrics(samples, version=done)
 
     def evaluation_is_due(self) -> bool:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_rl.config.schema import RolloutConfig, SamplingConfig
+from megatron_rl.config.schema import RewardsConfig, RolloutConfig, SamplingConfig
 from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
+from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import BoundReward, RewardError
 from megatron_rl.rewards.scoring import score
 from megatron_rl.rollout.engine import RolloutEngine, Sampling
@@ -50,6 +51,14 @@ def build_engine(
     )
 
 
+def build_pool(config: RewardsConfig) -> RewardPool | None:
+    """Processes for the user's own reward functions, if they are to have any."""
+    if not config.num_workers:
+        return None
+    memory = int(config.memory_gigabytes * 2**30)
+    return RewardPool(num_workers=config.num_workers, timeout_s=config.timeout_seconds, memory_bytes=memory)
+
+
 def draw_seeds(run_seed: int, position: int, count: int) -> list[int]:
     """Sampling seeds of the prompts drawn at `position`, `position + 1`, ...: 31 bits each."""
     return [int(np.random.SeedSequence([run_seed, position + i]).generate_state(1)[0] >> 1) for i in range(count)]
@@ -58,8 +67,18 @@ def draw_seeds(run_seed: int, position: int, count: int) -> list[int]:
 class RolloutWorker:
     """Generates and scores on this rank's engine, in step with the others."""
 
-    def __init__(self, engine: RolloutEngine, rewards: Sequence[BoundReward], layout: Layout, groups: Groups) -> None:
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        rewards: Sequence[BoundReward],
+        layout: Layout,
+        groups: Groups,
+        *,
+        config: RewardsConfig,
+    ) -> None:
         self.engine, self.rewards = engine, rewards
+        self._pool = build_pool(config)
+        self._lost_value = config.lost_value
         rank = dist.get_rank()
         self._engine_number, self._num_engines = layout.engine(rank), layout.num_engines
         self._leads_engine = rank == layout.engine_ranks(self._engine_number)[0]
@@ -95,8 +114,17 @@ class RolloutWorker:
         failure: RewardError | None = None
         if self._leads_engine:
             try:
-                for index, of_prompt in zip(self.mine(len(prompts)), completions, strict=True):
-                    samples.append((index, score([prompts[index]] * len(of_prompt), of_prompt, self.rewards)))
+                mine = list(zip(self.mine(len(prompts)), completions, strict=True))
+                of_all = iter(
+                    score(
+                        [prompts[index] for index, of_prompt in mine for _ in of_prompt],
+                        [completion for _, of_prompt in mine for completion in of_prompt],
+                        self.rewards,
+                        pool=self._pool,
+                        lost_value=self._lost_value,
+                    )
+                )
+                samples = [(index, [next(of_all) for _ in of_prompt]) for index, of_prompt in mine]
             except RewardError as error:
                 failure = error
         said = None if failure is None else str(failure)

@@ -1,7 +1,9 @@
 """The entry points of a rank: train or evaluate what a validated configuration says."""
 
+import os
 from pathlib import Path
 
+from megatron_rl.config.errors import Interrupted
 from megatron_rl.config.schema import Config, Recipe
 from megatron_rl.engine.initialize import finalize, initialize
 from megatron_rl.placement.layout import Layout
@@ -16,6 +18,7 @@ from megatron_rl.trainer.reward_model import train_reward_model
 from megatron_rl.trainer.run_directory import RunDirectory
 from megatron_rl.trainer.sft import train_sft
 from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
+from megatron_rl.trainer.training import say
 
 _OTHERS = {Recipe.sft: train_sft, Recipe.preference: train_preference, Recipe.reward_model: train_reward_model}
 
@@ -25,6 +28,7 @@ def train(config: Config, layout: Layout) -> None:
 
     Raises:
         UserError: something that the user gave cannot be used.
+        Interrupted: the run was told to stop; its state is saved, and this rank has left the world.
     """
     resolve_choices(config)
     groups = initialize(config.parallel, seed=config.seed)
@@ -33,10 +37,12 @@ def train(config: Config, layout: Layout) -> None:
             train_rl(config, groups, layout)
         else:
             _OTHERS[config.recipe](config, groups)
+    except Interrupted:
+        finalize()
+        raise
     finally:
-        run = RunDirectory(Path(config.output_dir) / config.name)
-        if groups.world.rank() == 0 and run.metrics_file.exists():
-            write_report(run.path)
+        if os.environ["RANK"] == "0":
+            _report(RunDirectory(Path(config.output_dir) / config.name))
     finalize()
 
 
@@ -56,6 +62,15 @@ def resolve_choices(config: Config) -> None:
         resolve_preference_loss(algorithm.preference, POLICY_LOSSES)
     if config.recipe is Recipe.reward_model:
         resolve_preference_loss(algorithm.preference, REWARD_LOSSES)
+
+
+def _report(run: RunDirectory) -> None:
+    if not run.metrics_file.exists():
+        return
+    try:
+        write_report(run.path)
+    except OSError as error:  # a full disk; what ended the run is more important
+        say(f"{run.report_file} cannot be written: {error}")
 
 
 def evaluate(config: Config, layout: Layout) -> dict[str, float]:

@@ -6,7 +6,8 @@
     checkpoints/         training state, in Megatron's layout
     hf/                  the policy as a Hugging Face checkpoint
     report.html          see `report`
-    logs/                output of the processes; versions.json: what was installed at the latest start
+    logs/                output of the processes; versions.json: what was installed at the latest start;
+                         ranks/: where each rank is; hang/: stacks, if it hung. See `watchdog`
     tensorboard/         the metrics once more, for TensorBoard
 
 Nothing here imports torch: `megatron-rl report` opens a run on any machine.
@@ -15,6 +16,7 @@ Nothing here imports torch: `megatron-rl report` opens a run on any machine.
 import json
 import os
 import platform
+import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +67,16 @@ class RunDirectory:
         return self.path / "logs"
 
     @property
+    def ranks_dir(self) -> Path:
+        """Where each rank says where it is."""
+        return self.logs_dir / "ranks"
+
+    @property
+    def hang_dir(self) -> Path:
+        """There only if a watchdog has raised the alarm."""
+        return self.logs_dir / "hang"
+
+    @property
     def versions_file(self) -> Path:
         return self.logs_dir / "versions.json"
 
@@ -84,8 +96,12 @@ class RunDirectory:
             NotADirectoryError, FileExistsError: a file is in the way.
             PermissionError: the parent cannot be written.
         """
-        for folder in (self.rollouts_dir, self.checkpoints_dir, self.logs_dir):
+        for folder in (self.rollouts_dir, self.checkpoints_dir, self.ranks_dir):
             folder.mkdir(parents=True, exist_ok=True)
+        for state in self.ranks_dir.glob("rank_*.json"):  # of an earlier start
+            state.unlink()
+        if self.hang_dir.exists():
+            self.hang_dir.rename(self.logs_dir / f"hang_{time.strftime('%Y%m%d_%H%M%S')}")
         write_atomically(self.versions_file, json.dumps(installed_versions(), indent=2) + "\n")
 
 

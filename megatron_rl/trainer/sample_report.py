@@ -19,6 +19,7 @@ def sample_metrics(samples: Sequence[Sample], *, version: int) -> dict[str, floa
     lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples], dtype=torch.float64)
     truncated = [sample.completion.finish_reason == "length" for sample in samples]
     ages = [version - sample.completion.weight_version for sample in samples]
+    num_lost = sum(len(sample.lost) for sample in samples)
     terms = {
         f"reward/{name}": sum(sample.reward_terms[name] for sample in samples) / len(samples)
         for name in samples[0].reward_terms
@@ -29,6 +30,7 @@ def sample_metrics(samples: Sequence[Sample], *, version: int) -> dict[str, floa
         "reward/min": float(rewards.min()),
         "reward/max": float(rewards.max()),
         **terms,
+        **({"reward/lost": float(num_lost)} if num_lost else {}),
         "response/length_mean": float(lengths.mean()),
         "response/truncated_fraction": sum(truncated) / len(truncated),
         "staleness/mean": sum(ages) / len(ages),

@@ -30,11 +30,11 @@ def train_sft(config: Config, groups: Groups) -> None:
         while not training.is_done:
             with training.step() as row:
                 batch = training.minibatch(sequences, order.rows(state.data_position, batch_size))
+                state.data_position += batch_size
                 with training.timer.phase("train"):
                     objective = SupervisedObjective(config.algorithm, batch.counts, _norm(config), loss)
                     row |= training.reduce(training.update(batch, objective))
                 row["throughput/tokens"] = batch.num_tokens
-                state.data_position += batch_size
                 done = state.step + 1
                 if held_out and (done == config.train.num_steps or (interval and done % interval == 0)):
                     with training.timer.phase("evaluate"):

@@ -1,4 +1,4 @@
-"""How long each phase of a step took."""
+"""How long each phase of a step took, and which one it is in."""
 
 import time
 from collections.abc import Iterator
@@ -11,14 +11,18 @@ class PhaseTimer:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._start = time.perf_counter()
+        self.current = ("start", time.time())
+        """(the innermost phase, or what lies between; since when, seconds since the epoch); read by other threads."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time inside the context to `name`."""
         start = time.perf_counter()
+        outer, self.current = self.current[0], (name, time.time())
         try:
             yield
         finally:
+            self.current = ("between phases" if outer == "start" else outer, time.time())
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def pop(self) -> dict[str, float]:

@@ -1,22 +1,29 @@
 """What every recipe shares: the run's folder, policy, optimizer, metrics and checkpoints, and how a run resumes."""
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import torch.distributed as dist
 
 from megatron_rl.algorithms.metrics import Metric
 from megatron_rl.checkpoint import training_state
+from megatron_rl.checkpoint.folders import SCORE, iteration_folder
 from megatron_rl.checkpoint.hf_export import export_hf
-from megatron_rl.config.errors import UserError
+from megatron_rl.checkpoint.resume import resume
+from megatron_rl.checkpoint.training_state import POLICY, Trained
+from megatron_rl.checkpoint.writer import CheckpointWriter
+from megatron_rl.config.errors import Interrupted, UserError
 from megatron_rl.config.load import save_config
 from megatron_rl.config.numerics import row_multiple
-from megatron_rl.config.schema import Config, NonFinite
+from megatron_rl.config.schema import Config, GuardAction, NonFinite
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
@@ -26,12 +33,16 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.reductions import reduce_counts, reduce_metrics
 from megatron_rl.placement.sizes import mfu
 from megatron_rl.trainer.critic import build_critic
+from megatron_rl.trainer.guards import GuardStop, RollBack, tripped
+from megatron_rl.trainer.interruption import Interruption
 from megatron_rl.trainer.metrics_log import MetricsLog
 from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.progress import Progress
 from megatron_rl.trainer.rollout_log import truncate_rollouts_to_step
 from megatron_rl.trainer.run_directory import RunDirectory
+from megatron_rl.trainer.run_lock import lock
 from megatron_rl.trainer.timing import PhaseTimer
+from megatron_rl.trainer.watchdog import Watchdog
 
 
 def build_reference(config: Config, policy: Policy) -> ReferenceWeights | Teacher:
@@ -71,6 +82,10 @@ class RunState:
     """Training rows drawn."""
     adaptive: dict[str, Any] = field(default_factory=dict)
     """What an algorithm adapts from step to step, as plain values: a KL coefficient, a running baseline."""
+    past: dict[str, list[float]] = field(default_factory=dict)
+    """Recent values of the metrics that guards watch."""
+    rollbacks: int = 0
+    """Times that the run has gone back to a checkpoint because of its numbers."""
 
 
 class Training:
@@ -107,6 +122,8 @@ class Training:
         self.state = RunState()
         self.timer = PhaseTimer()
         self._flops = 0  # of the step's updates, on all ranks
+        self._lock = self._open_folder() if records else None
+        self.watchdog = self._start_watchdog() if records else None
         num_steps = config.train.num_steps * num_updates_per_step
         self.policy = build(
             config.model,
@@ -120,12 +137,19 @@ class Training:
         self.reference = build_reference(config, self.policy) if with_reference else None
         self.optimizer = Optimizer(config.optimizer, self.policy, num_steps=num_steps)
         self.critic = build_critic(config, groups, num_steps=num_steps) if with_critic else None
-        if self.is_main and records:
-            self.run.create()
-        dist.barrier()
-        latest = training_state.latest_step(self.run.checkpoints_dir)
-        if latest is not None:
-            saved = training_state.load(self.run.checkpoints_dir, latest, self.policy, self.optimizer)
+        self.after_rollback: Callable[[], object] = lambda: None
+        """Called when the weights have gone back to those of a checkpoint."""
+        self.models = {POLICY: Trained(self.policy, self.optimizer)}
+        if self.critic is not None:
+            self.models["critic"] = Trained(self.critic.model, self.critic.optimizer)
+        self.checkpoints = CheckpointWriter(
+            self.run.checkpoints_dir,
+            asynchronous=config.checkpoint.asynchronous,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+        )
+        saved = resume(self.run.checkpoints_dir, self.models, say=say)
+        if saved is not None:
             self.state = RunState(**saved)
         self.log = self._open_log() if self.is_main and records else None
         self.progress = Progress(
@@ -134,6 +158,29 @@ class Training:
             self.is_main and config.logging.progress,
             initial=self.state.step,
         )
+
+    def _open_folder(self) -> IO[str] | None:
+        """Make the run's folder and take its lock; rank 0 does, and all ranks learn what keeps it from it."""
+        held, problem = None, None
+        if self.is_main:
+            try:
+                self.run.path.mkdir(parents=True, exist_ok=True)
+                held = lock(self.run.path)
+                self.run.create()
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{self.run.path}: the run's folder cannot be written: {error}"
+        told = [problem]
+        dist.broadcast_object_list(told, src=0)
+        if told[0] is not None:
+            raise UserError(told[0])
+        return held
+
+    def _start_watchdog(self) -> Watchdog:
+        # Before a collective ends by its own limit, which says neither where nor for whom.
+        wait_limit = 0.8 * 60 * self.config.parallel.distributed_timeout_minutes
+        return Watchdog(self.config.watchdog, self.run, self.timer, rank=dist.get_rank(), wait_limit_s=wait_limit)
 
     def _open_log(self) -> MetricsLog:
         save_config(self.config, self.run.config_file)
@@ -149,6 +196,9 @@ class Training:
         last_step = self.state.step if self.state.step else -1
         log.truncate_to_step(last_step)
         truncate_rollouts_to_step(self.run, last_step)
+        unwritten = iteration_folder(self.run.checkpoints_dir, self.state.step) / UNWRITTEN
+        if unwritten.exists():
+            log.take_back(unwritten.read_text())
         return log
 
     @property
@@ -208,19 +258,68 @@ class Training:
             metrics = forward_backward(model, batch.rows, objective, temperature=temperature)
         bad_losses = metrics.pop(NON_FINITE_LOSSES).value if metrics else 0.0
         (bad_losses,) = reduce_counts([bad_losses], self.groups.world)
-        update = optimizer.step(loss_is_finite=not bad_losses)
-        if not update.finite and self.config.optimizer.on_non_finite is NonFinite.stop:
-            raise NonFiniteError(
-                f"step {self.state.step + 1}: the gradient norm is {update.grad_norm}, and the loss of {bad_losses:g} "
-                "rows is not finite; nothing was updated. optimizer.on_non_finite=skip goes on without such updates"
-            )
+        guarded = bool(self.config.guards) and model is self.policy
+        accepts = partial(self._accepts, metrics) if guarded else None
+        update = optimizer.step(loss_is_finite=not bad_losses, accepts=accepts)
+        if not update.finite:
+            self._on_non_finite(update.grad_norm, bad_losses)
         if not self.groups.reports:
             return {}
         return metrics | {
             "optim/grad_norm": Metric("max", update.grad_norm if update.finite else math.nan),
             "optim/lr": Metric("max", update.lr),
-            "optim/skipped_updates": Metric("sum", 0.0 if update.finite else 1.0 / self.groups.dp.size()),
+            "optim/skipped_updates": Metric("sum", 0.0 if update.made else 1.0 / self.groups.dp.size()),
         }
+
+    def _on_non_finite(self, grad_norm: float, bad_losses: float) -> None:
+        what = f"the gradient norm is {grad_norm}, and the loss of {bad_losses:g} rows is not finite"
+        if self.config.optimizer.on_non_finite is NonFinite.rollback:
+            raise RollBack(what)
+        if self.config.optimizer.on_non_finite is NonFinite.stop:
+            raise NonFiniteError(
+                f"step {self.state.step + 1}: {what}; nothing was updated. "
+                "optimizer.on_non_finite=skip goes on without such updates"
+            )
+
+    def _accepts(self, metrics: dict[str, Metric], grad_norm: float) -> bool:
+        """Whether the guards let an update pass; collective."""
+        numbers = self.reduce(metrics if self.groups.reports else {}) | {"optim/grad_norm": grad_norm}
+        trip = tripped(self.config.guards, numbers, self.state.past)
+        if trip is None:
+            return True
+        action, reason = trip
+        reason = f"step {self.state.step + 1}: {reason}"
+        if action is GuardAction.rollback:
+            raise RollBack(reason)
+        if action is GuardAction.stop:
+            raise GuardStop(f"{reason}; nothing was updated. The guard of this metric says stop")
+        if self.is_main:
+            say(f"{reason}; the update is skipped")
+        return False
+
+    def _roll_back(self, reason: RollBack) -> None:
+        """Restore the last checkpoint, and go on with the data after those that led here; collective.
+
+        Raises:
+            GuardStop: there is no checkpoint, or this has happened too often.
+        """
+        step, position, count = self.state.step, self.state.data_position, self.state.rollbacks + 1
+        self.checkpoints.finish()
+        if count > self.config.train.max_rollbacks:
+            raise GuardStop(f"{reason}; the run has gone back {count - 1} times, train.max_rollbacks")
+        saved = resume(self.run.checkpoints_dir, self.models, say=say)
+        if saved is None:
+            raise GuardStop(f"{reason}; there is no checkpoint to go back to")
+        # In place: the recipe holds on to the state.
+        for name, value in (saved | {"data_position": position, "rollbacks": count}).items():
+            setattr(self.state, name, value)
+        if self.log is not None:
+            self.log.truncate_to_step(self.state.step)
+            truncate_rollouts_to_step(self.run, self.state.step)
+        if self.is_main:
+            say(f"{reason}; back at step {self.state.step}, on with later data")
+        self.progress.update(self.state.step - step)
+        self.after_rollback()
 
     def reduce(self, metrics: dict[str, Metric]) -> dict[str, float]:
         """Metrics of all ranks as numbers; collective."""
@@ -234,8 +333,16 @@ class Training:
         """
         self.timer.pop()
         self._flops = 0
+        if self.watchdog is not None:
+            self.watchdog.step = self.state.step + 1
         row: dict[str, float] = {}
-        yield row
+        try:
+            yield row
+        except RollBack as reason:
+            self._roll_back(reason)
+            return
+        if self.state.rollbacks:
+            row["guards/rollbacks"] = float(self.state.rollbacks)
         self.state.step += 1
         row |= self.timer.pop()
         if "throughput/tokens" in row:
@@ -248,26 +355,39 @@ class Training:
         self.record(row)
         self.progress.update(1, **{name.split("/")[-1]: row[name] for name in _SHOWN if name in row})
         interval = self.config.checkpoint.save_interval
-        if self.is_done or (interval and self.state.step % interval == 0):
-            self.save()
+        told_to_stop = self._interruption.agreed()
+        with self.timer.phase("save"):
+            if self.is_done or told_to_stop or (interval and self.state.step % interval == 0):
+                self.save(row)
+            else:
+                self.checkpoints.poll()
+            if self.is_done or told_to_stop:
+                self.checkpoints.finish()
+        if told_to_stop and not self.is_done:
+            raise Interrupted(f"{told_to_stop}: the state after step {self.state.step} is saved")
 
     def record(self, row: dict[str, float]) -> None:
         """Append a row at the present step to the metrics."""
         if self.log is not None:
             self.log.append(self.state.step, row)
 
-    def save(self) -> None:
-        """Write a checkpoint of the present step; collective."""
+    def save(self, row: Mapping[str, float]) -> None:
+        """Write a checkpoint of the present step, whose metrics are `row`; collective."""
         if self.log is not None:
             self.log.position()  # the steps before a checkpoint are not made again: their rows must outlive it
-        training_state.save(
-            self.run.checkpoints_dir,
-            self.state.step,
-            self.policy,
-            self.optimizer,
-            asdict(self.state),
-            keep_last=self.config.checkpoint.keep_last,
-        )
+        state = training_state.to_save(self.models, asdict(self.state))
+        notes = self._score(row)
+        if self.log is not None and self.log.unwritten:
+            notes[UNWRITTEN] = self.log.unwritten
+        self.checkpoints.save(self.state.step, state, notes=notes)
+
+    def _score(self, row: Mapping[str, float]) -> dict[str, str]:
+        metric = self.config.checkpoint.best_metric
+        if metric is None:
+            return {}
+        name, sign = (metric[1:], -1.0) if metric.startswith("-") else (metric, 1.0)
+        value = row.get(name, math.nan)
+        return {SCORE: json.dumps({"metric": metric, "value": sign * value}) + "\n"} if math.isfinite(value) else {}
 
     def finish(self) -> None:
         """After the last step: export the policy."""
@@ -275,14 +395,29 @@ class Training:
             export_hf(self.policy, self.run.hf_dir)
 
     def __enter__(self) -> Self:
+        self._interruption = Interruption()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.close()
+        self._interruption.close()
+        self.checkpoints.abandon()
         if self.log is not None:
             self.log.close()
+        if self.watchdog is not None:
+            self.watchdog.close("done" if error is None else f"{type(error).__name__}: {error}")
+        if self._lock is not None:
+            self._lock.close()
 
+
+def say(message: str) -> None:
+    """A line about the run to its user."""
+    print(f"megatron-rl: {message}", file=sys.stderr, flush=True)
+
+
+UNWRITTEN = "unwritten_metrics.jsonl"
+"""In a checkpoint: rows of metrics that the disk had no room for."""
 
 _SHOWN = ("reward/mean", "sft/loss", "response/length_mean", "policy/entropy", "optim/grad_norm")

@@ -16,6 +16,8 @@ import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of i
 from megatron_rl.checkpoint import training_state
 from megatron_rl.checkpoint.convert import megatron_to_hf
 from megatron_rl.checkpoint.hf_export import export_hf
+from megatron_rl.checkpoint.training_state import POLICY, Trained
+from megatron_rl.checkpoint.writer import CheckpointWriter
 from megatron_rl.config.schema import AlgorithmConfig, Dtype, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.data.packing import pack, unpack
 from megatron_rl.data.samples import TrainingSequence
@@ -95,7 +97,8 @@ def policy_log_probs(policy: Policy, sequences: list[list[int]]) -> list[np.ndar
 def save_trained(policy: Policy, output: Path) -> None:
     """One step, then the same weights as a run's checkpoint and as an export."""
     optimizer = train_a_step(policy)
-    training_state.save(output / "checkpoints", 1, policy, optimizer, {}, keep_last=None)
+    state = training_state.to_save({POLICY: Trained(policy, optimizer)}, {})
+    CheckpointWriter(output / "checkpoints", asynchronous=False).save(1, state)
     export_hf(policy, output / "exported")
 
 

@@ -36,6 +36,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "dp2": (2, {}),
     "cp2": (2, {"context_parallel_size": 2}),
+    "dp4": (4, {}),
+    "tp2_dp2": (4, {"tensor_model_parallel_size": 2}),
+    "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}),
     "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
 }
 """Name -> (number of ranks, ParallelConfig)."""

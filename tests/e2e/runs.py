@@ -71,6 +71,7 @@ def num_rows():
 
 def digits(*, completion):
     """Part of the characters that are digits."""
+    time.sleep(float(os.environ.get("RUN_SLEEPS", 0)))
     fails = os.environ.get("RUN_FAILS") if os.environ["RANK"] == "1" and num_rows() > 2 else None
     if fails == "raises":
         raise RuntimeError("no verdict")
@@ -142,6 +143,12 @@ class Run:
             kill(process)
         return Ended(process.returncode, stdout, stderr)
 
+    def finish_command(self, *command: str) -> "Ended":
+        """Run another command in the folder."""
+        arguments = [sys.executable, "-m", "megatron_rl", *command]
+        ended = subprocess.run(arguments, cwd=self.folder, capture_output=True, text=True, timeout=120)
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
+
     def succeed(self) -> "Run":
         """Train to the end, which must be a good one."""
         ended = self.finish()
@@ -155,6 +162,10 @@ class Run:
             place: 'file.py:function'; the file is matched from its end.
             after_rows: metrics.jsonl has at least this many rows by then.
         """
+        kill(self.start_and_stop_inside(place, after_rows=after_rows))
+
+    def start_and_stop_inside(self, place: str, *, after_rows: int) -> "subprocess.Popen[str]":
+        """Train until rank 0 is in a function, and leave it stopped there."""
         process = self.start(RUN_STOPS_IN=f"{place}:{after_rows}")
         try:
             deadline = time.monotonic() + 300
@@ -162,8 +173,10 @@ class Run:
                 assert process.poll() is None, f"ended before it was in {place}: {_stderr(process)[-4000:]}"
                 assert time.monotonic() < deadline, f"never in {place}"
                 time.sleep(0.01)
-        finally:
+        except BaseException:
             kill(process)
+            raise
+        return process
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,17 @@ def kill(process: "subprocess.Popen[str]") -> None:
             member.kill()
     psutil.wait_procs([member for member in family if isinstance(member, psutil.Process)], timeout=30)
     process.communicate()
+
+
+def continue_until_it_ends(process: "subprocess.Popen[str]") -> None:
+    """Let a stopped run go on, each time that it is stopped again."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None:
+        assert time.monotonic() < deadline, "it does not end"
+        for child in _descendants(process):
+            if _is_stopped(child):
+                child.resume()
+        time.sleep(0.01)
 
 
 def _descendants(process: "subprocess.Popen[str]") -> list[psutil.Process]:

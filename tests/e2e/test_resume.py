@@ -4,14 +4,18 @@ Each kill is SIGKILL to the launcher, the ranks and all that they started, while
 What is compared are all metrics but times, all logged rollouts, and the bytes of the exported weights.
 """
 
+import re
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_rl.checkpoint.training_state import delete_old, iteration_folder
+from megatron_rl.checkpoint.folders import delete_old, iteration_folder
+from megatron_rl.config.errors import EXIT_RESUME
 from megatron_rl.trainer.rollout_log import rollout_steps
-from tests.e2e.runs import NUM_STEPS, Run, reference, repeatable
+from tests.e2e.runs import NUM_STEPS, Run, continue_until_it_ends, kill, reference, repeatable
 
 PARTIAL = ".iter_000000{}.partial"
 
@@ -79,24 +83,68 @@ def test_a_finished_run_started_again_stays_as_it_is(tmp_path: Path) -> None:
     assert_equals_the_undisturbed(run)
 
 
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def truncate(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "damage"),
     [
-        pytest.param("__0_0.distcp"),
-        pytest.param("__1_1.distcp", marks=pytest.mark.slow),
-        pytest.param("common.pt", marks=pytest.mark.slow),
-        pytest.param(".metadata", marks=pytest.mark.slow),
-        pytest.param("metadata.json", marks=pytest.mark.slow),
+        pytest.param("__0_0.distcp", flip),
+        pytest.param("__1_1.distcp", truncate, marks=pytest.mark.slow),
+        pytest.param("common.pt", flip, marks=pytest.mark.slow),
+        pytest.param(".metadata", truncate, marks=pytest.mark.slow),
+        pytest.param("metadata.json", truncate, marks=pytest.mark.slow),
     ],
 )
-def test_a_truncated_checkpoint_file_is_named(name: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    name: str, damage: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
     run = copy_of_the_reference(tmp_path)
-    folder = run.directory.checkpoints_dir / f"iter_000000{NUM_STEPS}"
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: len(content) // 2])
+    shutil.rmtree(run.directory.hf_dir)
+    file = run.directory.checkpoints_dir / f"iter_000000{NUM_STEPS}" / name
+    file.write_bytes(damage(file.read_bytes()))
+    ended = run.finish()
+    assert ended.code == 0, ended.stderr[-4000:]
+    (said,) = [line for line in ended.stderr.splitlines() if "going back to an earlier checkpoint" in line]
+    assert said.startswith("megatron-rl: ")
+    assert f"runs/run/checkpoints/{file.parent.name}/{name}" in said
+    assert_equals_the_undisturbed(run)
+
+
+def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
+    run = copy_of_the_reference(tmp_path)
+    for file in run.directory.checkpoints_dir.glob("iter_*/__0_0.distcp"):
+        file.write_bytes(truncate(file.read_bytes()))
     ended = run.finish()
     assert ended.code == 2, ended.stderr[-4000:]
     assert ended.last_line.startswith("megatron-rl: error: ")
-    assert f"runs/run/checkpoints/{folder.name}" in ended.last_line
-    assert name in ended.last_line
+    assert "no whole checkpoint is left" in ended.last_line
+    assert ended.stderr.count("no whole checkpoint is left") == 1
     assert run.directory.metrics_file.read_bytes() == reference().directory.metrics_file.read_bytes()
+
+
+def test_told_to_stop_a_run_saves_and_goes_on_later(tmp_path: Path) -> None:
+    """And while it runs, its folder is its own."""
+    run = Run(tmp_path)
+    process = run.start_and_stop_inside("trainer/reinforcement.py:generate", after_rows=2)
+    try:
+        second = run.finish()
+        assert second.code == 2, second.stderr[-4000:]
+        assert re.search(r"error: runs/run: in use by process \d+ on \S+, since", second.last_line)
+        assert second.stderr.count("in use by") == 1
+        process.send_signal(signal.SIGTERM)
+        continue_until_it_ends(process)
+        assert process.returncode == EXIT_RESUME
+    finally:
+        kill(process)
+    # Row 0 is the evaluation before training. The step in which the signal came is made and saved, and no other.
+    assert [row["step"] for row in run.rows] == [0, 1, 2]
+    assert sorted(path.name for path in run.directory.checkpoints_dir.glob("iter_*")) == ["iter_0000002"]
+    run.succeed()
+    assert_equals_the_undisturbed(run)

@@ -96,7 +96,7 @@ def test_files_of_the_run_directory() -> None:
     assert (directory.checkpoints_dir / "latest_checkpointed_iteration.txt").read_text() == "4\n"
     assert rollout_steps(directory) == [1, 2, 3, 4]
     assert list(directory.tensorboard_dir.glob("events.*"))
-    assert sorted(path.name for path in directory.logs_dir.iterdir()) == ["rank_1.log", "versions.json"]
+    assert sorted(path.name for path in directory.logs_dir.iterdir()) == ["rank_1.log", "ranks", "versions.json"]
     assert "<svg" in directory.report_file.read_text()
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_rl.checkpoint.folders import LATEST, iteration_folder, latest_step
 from megatron_rl.checkpoint.integrity import CheckpointError, check_files
-from megatron_rl.checkpoint.training_state import LATEST, iteration_folder, latest_step
 from megatron_rl.config.errors import UserError
 from tests.checkpoints import FAMILIES, make_checkpoint
 

@@ -14,7 +14,9 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_rl.checkpoint import training_state
-from megatron_rl.checkpoint.training_state import LATEST, CheckpointError, iteration_folder, latest_step
+from megatron_rl.checkpoint.folders import LATEST, CheckpointError, iteration_folder, latest_step
+from megatron_rl.checkpoint.training_state import POLICY, Trained
+from megatron_rl.checkpoint.writer import CheckpointWriter
 from megatron_rl.config.schema import Dtype, LRDecayStyle, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.data.packing import PackedRow, pack
 from megatron_rl.engine.initialize import finalize, initialize
@@ -78,6 +80,13 @@ class Run:
             updates.append((update.grad_norm, update.lr))
         return updates
 
+    def save(self, folder: Path, step: int, run_state: dict[str, Any], *, keep_last: int | None = None) -> None:
+        writer = CheckpointWriter(folder, asynchronous=False, keep_last=keep_last)
+        writer.save(step, training_state.to_save({POLICY: Trained(self.policy, self.optimizer)}, run_state))
+
+    def load(self, folder: Path, step: int) -> dict[str, Any]:
+        return training_state.load(folder, step, {POLICY: Trained(self.policy, self.optimizer)})
+
     def state(self) -> dict[str, Tensor]:
         """Everything that a step reads: parameters, the optimizer's float32 copies, moments and step counts."""
         tensors = dict(self.policy.models[0].named_parameters())
@@ -109,7 +118,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 ) -> None:
     run = Run(hf_path, groups, dtype, distributed)
     run.train(range(3))
-    training_state.save(tmp_path, 3, run.policy, run.optimizer, RUN_STATE, keep_last=None)
+    run.save(tmp_path, 3, RUN_STATE)
     saved, numbers = run.state(), random_numbers()
     # Embedding, final norm and 8 parameters of each of 2 layers; of each also the copy, two moments and the count.
     assert len(saved) == (2 + 2 * 8) * 5
@@ -118,7 +127,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
     resumed = Run(hf_path, groups, dtype, distributed, fresh=True)
     random_numbers()
-    assert training_state.load(tmp_path, 3, resumed.policy, resumed.optimizer) == RUN_STATE
+    assert resumed.load(tmp_path, 3) == RUN_STATE
     assert_identical(resumed.state(), saved)
     assert random_numbers() == numbers
     assert resumed.train(range(3, 6)) == updates
@@ -129,9 +138,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 def test_a_run_without_an_update_is_saved_too(tmp_path: Path, hf_path: Path, groups: Groups, distributed: bool) -> None:
     """Where all updates were skipped as not finite, torch's AdamW has no state, which core takes for granted."""
     run = Run(hf_path, groups, Dtype.float32, distributed)
-    training_state.save(tmp_path, 1, run.policy, run.optimizer, {}, keep_last=None)
+    run.save(tmp_path, 1, {})
     resumed = Run(hf_path, groups, Dtype.float32, distributed, fresh=True)
-    training_state.load(tmp_path, 1, resumed.policy, resumed.optimizer)
+    resumed.load(tmp_path, 1)
     assert resumed.train(range(2)) == Run(hf_path, groups, Dtype.float32, distributed).train(range(2))
 
 
@@ -143,7 +152,7 @@ def run(hf_path: Path, groups: Groups) -> Run:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    training_state.save(folder, 7, run.policy, run.optimizer, RUN_STATE, keep_last=None)
+    run.save(folder, 7, RUN_STATE)
     return folder
 
 
@@ -164,7 +173,7 @@ def test_old_checkpoints_are_deleted_and_half_written_ones_ignored(tmp_path: Pat
     partial.mkdir()
     (partial / "__0_0.distcp").write_bytes(b"half")
     for step in (1, 2, 10):
-        training_state.save(tmp_path, step, run.policy, run.optimizer, {}, keep_last=2)
+        run.save(tmp_path, step, {}, keep_last=2)
         assert latest_step(tmp_path) == step
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000002", "iter_0000010", LATEST]
     assert not (tmp_path / "iter_0000002" / "half").exists()
@@ -174,9 +183,9 @@ def test_old_checkpoints_are_deleted_and_half_written_ones_ignored(tmp_path: Pat
 
 def test_a_save_that_fails_leaves_the_latest_checkpoint(copied: Path, run: Run) -> None:
     with pytest.raises(Exception, match="local object"):  # a function cannot be pickled
-        training_state.save(copied, 8, run.policy, run.optimizer, {"x": lambda: 0}, keep_last=1)
+        run.save(copied, 8, {"x": lambda: 0}, keep_last=1)
     assert latest_step(copied) == 7
-    assert training_state.load(copied, 7, run.policy, run.optimizer) == RUN_STATE
+    assert run.load(copied, 7) == RUN_STATE
 
 
 def test_latest_step(tmp_path: Path) -> None:
@@ -194,7 +203,7 @@ def test_a_truncated_file_is_named_and_nothing_is_changed(copied: Path, run: Run
     last.write_bytes(last.read_bytes()[:-1])
     before = run.state()
     with pytest.raises(CheckpointError, match=f"iter_0000007/{last.name} is truncated"):
-        training_state.load(copied, 7, run.policy, run.optimizer)
+        run.load(copied, 7)
     assert_identical(run.state(), before)
 
 
@@ -210,27 +219,21 @@ def test_a_file_of_the_right_size_with_wrong_content(copied: Path, run: Run, nam
     file = iteration_folder(copied, 7) / name
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(CheckpointError, match=message):
-        training_state.load(copied, 7, run.policy, run.optimizer)
-
-
-def test_another_layout_is_refused(copied: Path, run: Run) -> None:
-    change_common(copied, layout={"tp": 2, "pp": 1, "dp": 1})
-    with pytest.raises(CheckpointError, match=r"saved at the layout \{'tp': 2, 'pp': 1, 'dp': 1\}, this run has"):
-        training_state.load(copied, 7, run.policy, run.optimizer)
+        run.load(copied, 7)
 
 
 def test_a_converted_model_is_no_training_state(copied: Path, run: Run) -> None:
     change_common(copied, layout=None)
     with pytest.raises(CheckpointError, match="holds a model without training state"):
-        training_state.load(copied, 7, run.policy, run.optimizer)
+        run.load(copied, 7)
 
 
 def test_a_changed_schedule_is_followed_after_a_resume(tmp_path: Path, hf_path: Path, groups: Groups) -> None:
     run = Run(hf_path, groups, Dtype.float32, True)
     run.train(range(3))
-    training_state.save(tmp_path, 3, run.policy, run.optimizer, RUN_STATE, keep_last=None)
+    run.save(tmp_path, 3, RUN_STATE)
     resumed = Run(hf_path, groups, Dtype.float32, True, lr=4e-3, num_steps=22)
-    training_state.load(tmp_path, 3, resumed.policy, resumed.optimizer)
+    resumed.load(tmp_path, 3)
     ((_, lr),) = resumed.train(range(3, 4))
     # Linear decay to 0 over steps 2 to 22, and 3 steps were made: 4e-3 * (22 - 3) / 20.
     assert lr == pytest.approx(3.8e-3, rel=1e-12)

@@ -16,7 +16,7 @@ def numbers(node: type, prefix: str) -> Iterator[str]:
         kinds = set(typing.get_args(hint) or (hint,))
         if dataclasses.is_dataclass(hint):
             yield from numbers(typing.cast(type, hint), f"{prefix}{name}.")
-        elif kinds & {int, float}:
+        elif kinds & {int, float} and typing.get_origin(hint) is not dict:
             yield prefix + name
 
 
@@ -50,4 +50,11 @@ def test_a_reward_weight_is_finite() -> None:
     config = Config()
     config.rewards.functions = [RewardFunctionConfig("a", -1.0), RewardFunctionConfig("b", float("nan"))]
     with pytest.raises(ConfigError, match=r"rewards.functions\[1\].weight: given nan"):
+        check_ranges(config)
+
+
+def test_limits_of_single_phases_are_positive() -> None:
+    config = Config()
+    config.watchdog.phase_limits = {"generate": 30.0, "train": 0.0}
+    with pytest.raises(ConfigError, match=r"watchdog.phase_limits.train: given 0.0, allowed: \(0, inf\)"):
         check_ranges(config)

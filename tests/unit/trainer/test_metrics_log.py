@@ -1,6 +1,9 @@
+import contextlib
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -187,3 +190,36 @@ def test_wandb_goes_on_in_the_same_run_after_a_resume(run, monkeypatch):
         ("log", 2, {"x": 2.0}),
         ("finish",),
     ]
+
+
+def test_a_full_disk_loses_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        run = RunDirectory(tmp_path / "run")
+        log = MetricsLog(run, tensorboard=False)
+        log.append(1, {"a": 1.0})
+        filler = tmp_path / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(512)):
+                pass
+        for step in range(2, 100):  # 99 rows of about 90 bytes do not fit into what is left of a page
+            log.append(step, {"a": step / 7, "b" * 50: 1.0})
+        assert "No space left" in capsys.readouterr().err
+        on_disk = read_metrics(run.metrics_file)
+        kept = [json.loads(line)["step"] for line in log.unwritten.splitlines()]
+        assert [row["step"] for row in on_disk] + kept == list(range(1, 100))
+        assert kept
+        unwritten = log.unwritten
+        filler.unlink()
+        log.append(100, {"a": 0.0})
+        assert [row["step"] for row in read_metrics(run.metrics_file)] == list(range(1, 101))
+        assert log.unwritten == ""
+        # A run that resumes at step 99 gets the rows that only its checkpoint has, and none twice.
+        log.truncate_to_step(kept[0] - 1)
+        log.take_back(unwritten)
+        log.take_back(unwritten)
+        assert [row["step"] for row in read_metrics(run.metrics_file)] == list(range(1, 100))
+        log.close()
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)

@@ -1,0 +1,90 @@
+"""`megatron-rl launch slurm CONFIG [key=value ...] --nodes N`: check a configuration and submit it to Slurm.
+
+What a job asks for comes from the configuration's `slurm:` block; what it does is said in `slurm/train.sbatch`, a
+script that can be submitted by hand as well. Everything that can be checked is, before there is a job to wait for.
+"""
+
+import argparse
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.cli.start import check_data
+from megatron_rl.config.errors import UserError
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import Config, Recipe
+from megatron_rl.config.validate import validate
+from megatron_rl.rewards.registry import resolve_rewards
+from megatron_rl.trainer.run_directory import RunDirectory
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser("launch", help="submit a run to a scheduler")
+    schedulers = parser.add_subparsers(required=True, metavar="SCHEDULER")
+    slurm = schedulers.add_parser("slurm", help="submit a training run with sbatch")
+    slurm.add_argument("config", metavar="CONFIG", type=Path, help="YAML file, for example configs/recipes/*.yaml")
+    slurm.add_argument("overrides", metavar="key=value", nargs="*", help="for example train.num_steps=10")
+    slurm.add_argument("--nodes", type=int, help="instead of slurm.nodes")
+    slurm.add_argument("--time", help="instead of slurm.time, e.g. 12:00:00")
+    slurm.add_argument("--dry-run", action="store_true", help="check everything and show the command")
+    slurm.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    own = [] if arguments.nodes is None else [f"slurm.nodes={arguments.nodes}"]
+    own += [] if arguments.time is None else [f"slurm.time='{arguments.time}'"]  # quoted: YAML reads 1:30 as a number
+    config = load_config(arguments.config, [*arguments.overrides, *own])
+    validate(config, world_size=config.slurm.nodes * config.slurm.ntasks_per_node)
+    resolve_rewards(config.rewards)
+    if not Path(config.slurm.script).is_file():
+        raise UserError(f"slurm.script: given '{config.slurm.script}', allowed: an existing file")
+    check_data(config, as_prompts=config.recipe is Recipe.rl)
+    command = sbatch_command(config, [str(arguments.config), *arguments.overrides])
+    if arguments.dry_run:
+        print(shlex.join(command))
+        return 0
+    if shutil.which("sbatch") is None:
+        raise UserError("launch slurm: sbatch is not on the PATH; allowed: a machine that can submit jobs")
+    RunDirectory(Path(config.output_dir) / config.name).logs_dir.mkdir(parents=True, exist_ok=True)
+    return subprocess.run(command, check=False).returncode
+
+
+def sbatch_command(config: Config, arguments: Sequence[str]) -> list[str]:
+    """The command line that submits a run.
+
+    Args:
+        config: validated for slurm.nodes * slurm.ntasks_per_node ranks.
+        arguments: of `megatron-rl train`, for the script.
+    """
+    slurm = config.slurm
+    logs = RunDirectory(Path(config.output_dir) / config.name).logs_dir
+    options = {
+        "job-name": config.name,
+        "nodes": slurm.nodes,
+        "ntasks-per-node": slurm.ntasks_per_node,
+        "gpus-per-node": slurm.gpus_per_node,
+        "cpus-per-task": slurm.cpus_per_task,
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "signal": f"USR1@{slurm.signal_seconds}",
+        "output": f"{logs}/slurm_%j.out",
+    }
+    variables = {
+        "MEGATRON_RL_LOGS": str(logs),
+        "MEGATRON_RL_MAX_RESTARTS": str(slurm.max_restarts),
+        "MEGATRON_RL_CONTAINER": slurm.container,
+        "MEGATRON_RL_CONTAINER_RUNTIME": slurm.container_runtime if slurm.container else None,
+        "MEGATRON_RL_MOUNTS": slurm.container_mounts,
+        **slurm.environment,
+    }
+    # Through `env`: the values of --export cannot hold a comma, which a list of mounts does.
+    exported = [f"{name}={value}" for name, value in variables.items() if value is not None]
+    chosen = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return ["env", *exported, "sbatch", *chosen, *slurm.sbatch_args, slurm.script, *arguments]

@@ -1,0 +1,93 @@
+"""GRPO as a Slurm job over two nodes: whatever ends an attempt, the job comes back and ends as an undisturbed run."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.runs import Run, reference, repeatable
+from tests.slurm.cluster import Cluster, until
+from tests.slurm.test_job_script import SCRIPT
+
+REPOSITORY = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slow
+
+ENVIRONMENT = {
+    "MEGATRON_RL": f"{sys.executable} -m megatron_rl",
+    "PYTHONPATH": str(REPOSITORY),
+    "MASTER_ADDR": "127.0.0.1",  # the names of the nodes are Slurm's alone
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def submit(cluster: Cluster, run: Run, *options: str, **environment: str) -> str:
+    return cluster.submit(
+        "--nodes=2", "--ntasks-per-node=1", *options, str(SCRIPT), "run.yaml",
+        cwd=run.folder, **ENVIRONMENT, **environment,
+    )  # fmt: skip
+
+
+def is_under_way(run: Run, num_rows: int = 2) -> bool:
+    return run.directory.metrics_file.exists() and len(run.rows) >= num_rows
+
+
+def assert_equal(run: Run, expected: Run) -> None:
+    assert repeatable(run.rows) == repeatable(expected.rows)
+    assert run.exported_bytes == expected.exported_bytes
+
+
+def told_to_save(cluster: Cluster, job: str) -> None:
+    cluster.call("scancel", "--signal=USR1", job)
+
+
+def requeued(cluster: Cluster, job: str) -> None:
+    cluster.call("scontrol", "requeue", job)
+
+
+def node_lost(cluster: Cluster, job: str) -> None:
+    cluster.call("scontrol", "update", "nodename=n1", "state=down", "reason=test")
+    until(lambda: cluster.job(job)["JobState"] == "PENDING", "the job to be queued again")
+    cluster.call("scontrol", "update", "nodename=n1", "state=resume")
+
+
+def preempted(cluster: Cluster, job: str) -> None:
+    cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--time=1", "--wrap=true", cwd=cluster.folder)
+
+
+@pytest.mark.parametrize("event", [None, told_to_save, requeued, node_lost, preempted])
+def test_the_job_ends_as_the_undisturbed_run(
+    cluster: Cluster, tmp_path: Path, event: Callable[[Cluster, str], None] | None
+) -> None:
+    run = Run(tmp_path)
+    job = submit(cluster, run, RUN_SLEEPS="0.2" if event else "0")
+    if event is not None:
+        until(lambda: is_under_way(run), "the second row of metrics", 300.0)
+        event(cluster, job)
+    ended = cluster.wait(job, timeout_s=600.0)
+    assert ended["JobState"] == "COMPLETED"
+    assert ended["Restarts"] == ("0" if event is None else "1")
+    assert_equal(run, reference())
+
+
+def test_before_the_time_limit_the_job_saves_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+    run = Run(tmp_path, checkpoint={"save_interval": 0})  # nothing is saved but at the end, or when told to
+    # A limit of a minute, the shortest there is; told 30 s after the start. Each step takes 6 s or more.
+    job = submit(cluster, run, "--time=1", "--signal=USR1@30", RUN_SLEEPS="0.5")
+    ended = cluster.wait(job, timeout_s=900.0)
+    assert ended["JobState"] == "COMPLETED"
+    assert int(ended["Restarts"]) >= 1
+    assert_equal(run, reference())
+
+
+def test_data_parallel_over_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    parallel = {"tensor_model_parallel_size": 1, "data_parallel_size": 2}
+    here = Run(tmp_path / "here", parallel=parallel).succeed()
+    job = Run(tmp_path / "job", parallel=parallel)
+    number = submit(cluster, job, RUN_SLEEPS="0.2")
+    until(lambda: is_under_way(job), "the second row of metrics", 300.0)
+    cluster.call("scancel", "--signal=TERM", number)
+    ended = cluster.wait(number, timeout_s=600.0)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    assert_equal(job, here)
