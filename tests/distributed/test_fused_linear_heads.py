@@ -6,6 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rl.parallel.filtered_log_probs import filtered_log_probs
+from megatron_rl.parallel.vocab_parallel_divergences import (
+    vocab_parallel_argmax,
+    vocab_parallel_divergence,
+    vocab_parallel_log_probs_of,
+)
 from tests.distributed.spawn import run_ranks
 from tests.unit.parallel.linear_heads import HEADS, Example, Watch, reference, token_losses
 
@@ -92,3 +98,45 @@ def test_against_the_whole_vocabulary(tensor_model_parallel_size: int) -> None:
     first, *others = run_ranks(check_all, tensor_model_parallel_size)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def check_other_functions(rank: int) -> Any:
+    """Divergences, several log-probs, argmax and filtered log-probs: each rank's shard against the whole vocabulary."""
+    world, ranks = dist.group.WORLD, dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (2 * torch.randn(7, WIDTH, generator=generator) for _ in range(2))
+    labels = torch.randint(0, 30, (7,), generator=generator)
+    columns = slice(rank * WIDTH // ranks, (rank + 1) * WIDTH // ranks)
+    shared = []
+
+    def compare(function: Any) -> None:
+        """`function` of the whole logits on one rank, and of the shards: values, and this rank's gradient."""
+        whole, shard = student.clone().requires_grad_(), student[:, columns].clone().requires_grad_()
+        expected, found = function(whole, teacher, None), function(shard, teacher[:, columns], world)
+        upstream = torch.linspace(-1, 2, expected.numel()).view(expected.shape)
+        (expected * upstream).sum().backward()
+        (found * upstream).sum().backward()
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+        assert whole.grad is not None
+        torch.testing.assert_close(shard.grad, whole.grad[:, columns], atol=1e-6, rtol=1e-6)
+        shared.append(found.detach().flatten())
+
+    for vocab_size in VOCAB_SIZES:
+        place: Any = dict(vocab_size=vocab_size)
+        for direction in ("forward", "reverse", "jensen_shannon"):
+            compare(lambda x, y, g, d=direction, p=place: vocab_parallel_divergence(x, y, group=g, direction=d, **p))
+        ids = labels[:, None] + torch.tensor([[0, -1, 0]]) * (labels[:, None] > 0)
+        compare(lambda x, y, g, p=place, i=ids: vocab_parallel_log_probs_of(x, i, group=g, **p)[0])
+        compare(lambda x, y, g, p=place, i=ids: vocab_parallel_log_probs_of(x, i, group=g, **p)[1])
+        for top_k, top_p in ((5, 1.0), (None, 0.8), (9, 0.7)):
+            f: Any = dict(top_k=top_k, top_p=top_p, chunk_tokens=4)
+            compare(lambda x, y, g, f=f, p=place: filtered_log_probs(x, labels, group=g, **f, **p))
+        found = vocab_parallel_argmax(student[:, columns], group=world, vocab_size=vocab_size)
+        assert found.tolist() == student[:, :vocab_size].argmax(1).tolist()
+    return torch.cat(shared)
+
+
+def test_other_functions_of_sharded_logits() -> None:
+    """4 ranks; with 30 tokens the last rank has none."""
+    first, *others = run_ranks(check_other_functions, 4)
+    assert all(torch.equal(first, other) for other in others)

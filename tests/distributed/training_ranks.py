@@ -46,12 +46,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 NUM_STEPS = 5
 
 
-def start_policy(checkpoint: Path, layout: str, **model: Any) -> Policy:
+def start_policy(checkpoint: Path, layout: str, *, use_distributed_optimizer: bool = True, **model: Any) -> Policy:
     """Join the world at a layout and build the float32 policy of a checkpoint."""
     parallel = parallel_of(layout)
     groups = initialize(parallel, seed=1)
     settings = ModelConfig(hf_path=str(checkpoint), params_dtype=Dtype.float32, **model)
-    return Policy(settings, groups, parallel)
+    return Policy(settings, groups, parallel, use_distributed_optimizer=use_distributed_optimizer)
 
 
 def parallel_of(layout: str) -> ParallelConfig:

@@ -42,7 +42,7 @@ class Example:
 
 def token_losses(log_probs: Tensor, entropy: Tensor, tokens: Any) -> Tensor:
     """A loss that is not linear in either, with weights of both signs that depend on the token's place, some 0."""
-    place = torch.arange(1000, device=log_probs.device)[tokens][: len(log_probs)]
+    place = torch.arange(1000)[tokens][: len(log_probs)].to(log_probs.device)
     weights = torch.where(place % 5 == 3, 0.0, (place % 4 - 1.2) / 10).to(log_probs.dtype)
     return torch.where(weights != 0, weights * (log_probs + 0.1 * log_probs**2 - 0.3 * entropy), 0.0)
 

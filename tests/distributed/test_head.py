@@ -1,0 +1,147 @@
+"""The head inside the engine: gradients of a whole model against transformers', and what a forward pass keeps."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.algorithms.metrics import Metric
+from megatron_rl.data.packing import PackedRow, pack
+from megatron_rl.data.samples import TrainingSequence
+from tests.checkpoints import make_checkpoint
+from tests.distributed.spawn import run_ranks
+
+NAMES = {"qwen3": "embedding.word_embeddings.weight", "qwen3_untied": "output_layer.weight"}
+"""Family -> the parameter that the head differentiates."""
+WEIGHTS = (0.3, -0.2)
+"""Of the tokens' log-probs, by turns: both signs, as advantages have."""
+
+
+def sequences() -> list[TrainingSequence]:
+    rng = np.random.default_rng(0)
+    return [TrainingSequence(rng.integers(3, 259, size=n + 1), np.ones(n, np.float32)) for n in (5, 9, 4)]
+
+
+class Whole:
+    """A loss of the whole row: the two-pass head."""
+
+    def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Any:
+        weights = torch.tensor(WEIGHTS * len(log_probs))[: len(log_probs)]
+        losses = torch.where(row.loss_mask > 0, weights * log_probs - 0.1 * entropy, 0.0)
+        return losses.sum(), {"loss": Metric("sum", float(losses.detach().sum()))}
+
+
+class TokenByToken(Whole):
+    """The same, said token by token: the single-pass head."""
+
+    def token_losses(self, row: PackedRow) -> Any:
+        weights = torch.tensor(WEIGHTS * len(row.tokens))[: len(row.tokens)] * row.loss_mask
+        return lambda log_probs, entropy, tokens: weights[tokens] * log_probs - 0.1 * row.loss_mask[tokens] * entropy
+
+
+class Inherited(TokenByToken):
+    """Another loss, which inherited the method: it must not be taken for the parent's."""
+
+    def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Any:
+        loss = super().__call__(log_probs, entropy, row)[0] * 2
+        return loss, {"loss": Metric("sum", float(loss.detach()))}
+
+
+OBJECTIVES = {"whole": Whole, "token_by_token": TokenByToken}
+
+
+def gradients_of(rank: int, checkpoint: Path, layout: str, parameter: str) -> Any:
+    """For each objective: loss, and this rank's (rows of the) gradient of the head's weight, after reduction."""
+    from megatron_rl.engine import policy as policy_module
+    from megatron_rl.engine.step import forward_backward
+    from tests.distributed.training_ranks import start_policy
+
+    if layout == "dp2":
+        # Buckets are reduced as soon as DistributedDataParallel's hooks have seen all their parameters.
+        settings = policy_module.DistributedDataParallelConfig
+        policy_module.DistributedDataParallelConfig = lambda **given: settings(**given | {"overlap_grad_reduce": True})
+    # Without the distributed optimizer every rank's main_grad ends as the whole sum.
+    policy = start_policy(checkpoint, layout, use_distributed_optimizer=False)
+    groups, found = policy.groups, {}
+    row = pack(sequences(), range(3), pad_to_multiple=2)
+    for name, objective in OBJECTIVES.items():
+        for chunk in policy.chunks:
+            chunk.zero_grad_buffer()
+        metrics = forward_backward(policy, [row], objective(), temperature=0.8)
+        weight = policy.parameters.get(parameter)
+        assert weight is None or weight.grad is None  # only main_grad may hold it
+        grad = None if weight is None else weight.main_grad.clone().numpy()
+        found[name] = (metrics["loss"].value if metrics else None, groups.tp.rank(), grad)
+    if layout == "tp1":
+        check_inherited(policy, row)
+    return found
+
+
+def check_inherited(policy: Any, row: PackedRow) -> None:
+    from megatron_rl.engine.step import forward_backward
+
+    norms = []
+    for objective in (Whole(), Inherited()):
+        for chunk in policy.chunks:
+            chunk.zero_grad_buffer()
+        forward_backward(policy, [row], objective, temperature=0.8)
+        norms.append(sum(float(p.main_grad.double().square().sum()) for p in policy.parameters.values()) ** 0.5)
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-5)
+
+
+def expected_of(checkpoint: Path, family: str) -> tuple[float, np.ndarray]:
+    """Loss and gradient by transformers in float32, whole logits, sequence by sequence."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    total, place = torch.zeros(()), 0
+    for sequence in sequences():
+        ids = torch.from_numpy(sequence.token_ids)[None]
+        log_softmax = (model(ids[:, :-1]).logits[0] / 0.8).log_softmax(1)
+        log_probs = log_softmax.gather(1, ids[0, 1:, None])[:, 0]
+        entropy = -(log_softmax.exp() * log_softmax).sum(1)
+        weights = torch.tensor([WEIGHTS[(place + i) % 2] for i in range(len(log_probs))])
+        total, place = total + (weights * log_probs - 0.1 * entropy).sum(), place + len(log_probs)
+    total.backward()
+    weight = model.get_output_embeddings().weight
+    assert weight.grad is not None
+    return float(total.detach()), weight.grad.numpy()
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_gradients_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, family, seed=5)
+    loss, expected = expected_of(checkpoint, family)
+    for layout, ranks in (("tp1", 1), ("tp2_sp", 2), ("pp2", 2), ("cp2", 2), ("dp2", 2)):
+        results = run_ranks(gradients_of, ranks, checkpoint, layout, NAMES[family])
+        replicas = 2 if layout == "dp2" else 1  # each computes the same row, and they are added up
+        for name in OBJECTIVES:
+            of_ranks = [of_rank[name] for of_rank in results]
+            shards = {tp_rank: grad for _, tp_rank, grad in of_ranks if grad is not None}
+            grad = np.concatenate([shards[i] for i in sorted(shards)])[:259]
+            # float32 sums in another order; gradients are of the order 1.
+            np.testing.assert_allclose(grad, replicas * expected, atol=2e-5, rtol=1e-4, err_msg=f"{layout} {name}")
+            losses = [value for value, *_ in of_ranks if value is not None]
+            assert losses == pytest.approx([loss] * len(losses), rel=1e-5)
+            assert losses
+
+
+def forward_only(rank: int, checkpoint: Path) -> None:
+    """The two heads of a forward pass without gradient: no tensor is saved for a backward pass."""
+    from megatron_rl.engine.step import forward_log_probs
+    from tests.distributed.training_ranks import start_policy
+
+    policy = start_policy(checkpoint, "tp1")
+    kept: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda tensor: tensor)
+    with hooks:
+        ((log_probs, entropy),) = forward_log_probs(policy, [pack(sequences(), range(3), pad_to_multiple=1)])
+    assert kept == []
+    assert not log_probs.requires_grad
+    assert not entropy.requires_grad
+
+
+def test_a_forward_only_pass_keeps_no_activations(tmp_path: Path) -> None:
+    run_ranks(forward_only, 1, make_checkpoint(tmp_path, "qwen3", seed=5))
