@@ -4,7 +4,8 @@
     python tools/bench_log_probs.py --growth    # memory of the fused heads from 1k to 64k tokens, small vocabulary
 
 All methods compute the mean log-prob of the labels and its gradient, by turns in one process per rank; `seconds` is the
-fastest of `--repeats`. `extra` is the peak of the memory above what stood before (hidden states and weight), without
+fastest of `--repeats`, `cpu` the least processor time of a rank's threads, which says more on a machine that is shared.
+`extra` is the peak of the memory above what stood before (hidden states and weight), without
 the weight's gradient, which every method makes. Two ranks share the threads. With a GPU it runs there.
 
     products      the three matrix products alone: a floor for whoever keeps the logits
@@ -110,17 +111,21 @@ def _status(key: str) -> int:
     return int(found[1]) * 1024
 
 
-def measure(run: Method, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[float, int]:
-    """Seconds and extra bytes, the weight's gradient left out."""
+Sample = tuple[float, float, int]
+"""Seconds, processor seconds, extra bytes without the weight's gradient."""
+
+
+def measure(run: Method, hidden: Tensor, weight: Tensor, labels: Tensor) -> Sample:
+    """One forward and backward pass."""
     hidden.grad = weight.grad = None
     dist.barrier()
     with PeakMemory() as peak:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         run(hidden, weight, labels)
         if HAS_CUDA:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    return seconds, peak.bytes - weight.numel() * weight.element_size()
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+    return seconds, cpu, peak.bytes - weight.numel() * weight.element_size()
 
 
 def rank_main(rank: int, ranks: int, store: str, arguments: argparse.Namespace) -> None:
@@ -140,8 +145,8 @@ def rank_main(rank: int, ranks: int, store: str, arguments: argparse.Namespace) 
         return
     hidden = torch.randn(arguments.tokens, arguments.hidden, dtype=dtype, device=device, requires_grad=True)
     labels = torch.randint(0, arguments.vocab, (arguments.tokens,), device=device)
-    found = methods(arguments.vocab)
-    results: dict[str, list[tuple[float, int]]] = {name: [] for name in found}
+    found = {name: m for name, m in methods(arguments.vocab).items() if name in (arguments.methods or [name])}
+    results: dict[str, list[Sample]] = {name: [] for name in found}
     for _ in range(arguments.repeats):
         for name, method in found.items():
             results[name].append(measure(method, hidden, weight, labels))
@@ -160,21 +165,24 @@ def _growth(weight: Tensor, arguments: argparse.Namespace) -> None:
         labels = torch.randint(0, arguments.vocab, (tokens,), device=weight.device)
         line = f"T {tokens:6d}"
         for name, method in found.items():
-            extra = measure(method, hidden, weight, labels)[1]
+            extra = measure(method, hidden, weight, labels)[2]
             own = hidden.numel() * hidden.element_size()
             line += f"   {name} {extra / 1e6:7.1f} MB, of it the gradient of the hidden states {own / 1e6:6.1f} MB"
         print(line, flush=True)
         tokens *= 4
 
 
-def _print(results: dict[str, list[tuple[float, int]]], ranks: int) -> None:
-    best = {name: (min(s for s, _ in runs), min(b for _, b in runs)) for name, runs in results.items()}
-    base = best.get("eager", best["core"])
-    name_of_base = "eager" if "eager" in best else "core"
-    print(f"TP{ranks}   {'method':20} {'seconds':>8} {'x ' + name_of_base:>8} {'extra MB':>9} {'% ' + name_of_base:>8}")
-    for name, (seconds, extra) in best.items():
-        share = f"{100 * extra / base[1]:7.1f}%"
-        print(f"      {name:20} {seconds:8.3f} {seconds / base[0]:8.2f} {extra / 1e6:9.1f} {share:>8}", flush=True)
+def _print(results: dict[str, list[Sample]], ranks: int) -> None:
+    best = {name: tuple(min(column) for column in zip(*runs, strict=True)) for name, runs in results.items()}
+    base = "eager" if "eager" in best else "core"
+    print(f"TP{ranks}   {'method':20} {'seconds':>8} {'x ' + base:>8} {'cpu':>8} {'x ' + base:>8} {'extra MB':>9}")
+    for name, (seconds, cpu, extra) in best.items():
+        of_base = [value / against for value, against in zip((seconds, cpu, extra), best[base], strict=True)]
+        print(
+            f"      {name:20} {seconds:8.3f} {of_base[0]:8.2f} {cpu:8.3f} {of_base[1]:8.2f} {extra / 1e6:9.1f} "
+            f"{100 * of_base[2]:7.1f}%",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -187,6 +195,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--tensor-model-parallel-sizes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--methods", nargs="+", help="only these, beginning with eager or core; null: all")
     parser.add_argument("--growth", action="store_true", help="memory as T grows, instead of the table")
     arguments = parser.parse_args()
     if arguments.growth:
