@@ -10,7 +10,7 @@ versions=("$@")
 [ ${#versions[@]} -gt 0 ] || versions=(0.16.1 0.17.1 0.18.0 0.19.2) # 0.18.1 is withdrawn
 # Of the distributed tests those without Megatron are left out; so are the engines', which know nothing of it.
 tests=(tests/unit/device tests/unit/models tests/unit/checkpoint tests/distributed)
-for name in reductions rollout_parallel spawn vocab_parallel; do
+for name in fused_linear_heads reductions rollout_parallel spawn vocab_parallel; do
   tests+=("--ignore=tests/distributed/test_$name.py")
 done
 

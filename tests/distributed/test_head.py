@@ -54,18 +54,33 @@ class Inherited(TokenByToken):
 OBJECTIVES = {"whole": Whole, "token_by_token": TokenByToken}
 
 
-def gradients_of(rank: int, checkpoint: Path, layout: str, parameter: str) -> Any:
-    """For each objective: loss, and this rank's (rows of the) gradient of the head's weight, after reduction."""
+def all_gradients(rank: int, checkpoints: dict[str, Path], layouts: tuple[str, ...]) -> dict[tuple[str, str], Any]:
+    """`gradients_of` for each family and layout of this world's size, one after another."""
+    from megatron.core import parallel_state
+
+    found = {}
+    for family, checkpoint in checkpoints.items():
+        for layout in layouts:
+            found[family, layout] = gradients_of(checkpoint, layout, NAMES[family])
+            parallel_state.destroy_model_parallel()
+    return found
+
+
+def gradients_of(checkpoint: Path, layout: str, parameter: str) -> dict[str, Any]:
+    """For each objective: loss, and this rank's rows of the gradient of the head's weight, after reduction."""
     from megatron_rl.engine import policy as policy_module
     from megatron_rl.engine.step import forward_backward
     from tests.distributed.training_ranks import start_policy
 
-    if layout == "dp2":
-        # Buckets are reduced as soon as DistributedDataParallel's hooks have seen all their parameters.
-        settings = policy_module.DistributedDataParallelConfig
-        policy_module.DistributedDataParallelConfig = lambda **given: settings(**given | {"overlap_grad_reduce": True})
-    # Without the distributed optimizer every rank's main_grad ends as the whole sum.
-    policy = start_policy(checkpoint, layout, use_distributed_optimizer=False)
+    settings = policy_module.DistributedDataParallelConfig
+    # At dp2 buckets are reduced as soon as DistributedDataParallel's hooks have seen all their parameters.
+    overlap = {"overlap_grad_reduce": layout == "dp2"}
+    policy_module.DistributedDataParallelConfig = lambda **given: settings(**given | overlap)
+    try:
+        # Without the distributed optimizer every rank's main_grad ends as the whole sum.
+        policy = start_policy(checkpoint, layout, use_distributed_optimizer=False)
+    finally:
+        policy_module.DistributedDataParallelConfig = settings
     groups, found = policy.groups, {}
     row = pack(sequences(), range(3), pad_to_multiple=2)
     for name, objective in OBJECTIVES.items():
@@ -93,7 +108,7 @@ def check_inherited(policy: Any, row: PackedRow) -> None:
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-5)
 
 
-def expected_of(checkpoint: Path, family: str) -> tuple[float, np.ndarray]:
+def expected_of(checkpoint: Path) -> tuple[float, np.ndarray]:
     """Loss and gradient by transformers in float32, whole logits, sequence by sequence."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     total, place = torch.zeros(()), 0
@@ -110,22 +125,27 @@ def expected_of(checkpoint: Path, family: str) -> tuple[float, np.ndarray]:
     return float(total.detach()), weight.grad.numpy()
 
 
-@pytest.mark.parametrize("family", NAMES)
-def test_gradients_are_those_of_transformers(family: str, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path, family, seed=5)
-    loss, expected = expected_of(checkpoint, family)
-    for layout, ranks in (("tp1", 1), ("tp2_sp", 2), ("pp2", 2), ("cp2", 2), ("dp2", 2)):
-        results = run_ranks(gradients_of, ranks, checkpoint, layout, NAMES[family])
-        replicas = 2 if layout == "dp2" else 1  # each computes the same row, and they are added up
-        for name in OBJECTIVES:
-            of_ranks = [of_rank[name] for of_rank in results]
-            shards = {tp_rank: grad for _, tp_rank, grad in of_ranks if grad is not None}
-            grad = np.concatenate([shards[i] for i in sorted(shards)])[:259]
-            # float32 sums in another order; gradients are of the order 1.
-            np.testing.assert_allclose(grad, replicas * expected, atol=2e-5, rtol=1e-4, err_msg=f"{layout} {name}")
-            losses = [value for value, *_ in of_ranks if value is not None]
-            assert losses == pytest.approx([loss] * len(losses), rel=1e-5)
-            assert losses
+def test_gradients_are_those_of_transformers(tmp_path: Path) -> None:
+    checkpoints = {family: make_checkpoint(tmp_path / family, family, seed=5) for family in NAMES}
+    expected = {family: expected_of(checkpoint) for family, checkpoint in checkpoints.items()}
+    for num_ranks, layouts in ((1, ("tp1",)), (2, ("tp2_sp", "pp2", "cp2", "dp2"))):
+        results = run_ranks(all_gradients, num_ranks, checkpoints, layouts)
+        for case in results[0]:
+            family, layout = case
+            for name in OBJECTIVES:
+                of_ranks = [of_rank[case][name] for of_rank in results]
+                check_gradients(of_ranks, *expected[family], replicas=2 if layout == "dp2" else 1)
+
+
+def check_gradients(of_ranks: list[Any], loss: float, expected: np.ndarray, *, replicas: int) -> None:
+    """The shards joined are the expected gradient, times the replicas, each of which computes the same row."""
+    shards = {tp_rank: grad for _, tp_rank, grad in of_ranks if grad is not None}
+    grad = np.concatenate([shards[i] for i in sorted(shards)])[:259]
+    # float32 sums in another order; gradients are of the order 1.
+    np.testing.assert_allclose(grad, replicas * expected, atol=2e-5, rtol=1e-4)
+    losses = [value for value, *_ in of_ranks if value is not None]
+    assert losses
+    assert losses == pytest.approx([loss] * len(losses), rel=1e-5)
 
 
 def forward_only(rank: int, checkpoint: Path) -> None:
