@@ -142,18 +142,24 @@ def rank_main(rank: int, ranks: int, store: str, arguments: argparse.Namespace) 
     weight = torch.randn(width, arguments.hidden, dtype=dtype, device=device).mul_(0.02).requires_grad_()
     if arguments.growth:
         _growth(weight, arguments)
-        return
-    hidden = torch.randn(arguments.tokens, arguments.hidden, dtype=dtype, device=device, requires_grad=True)
+    else:
+        _table(weight, arguments, ranks)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _table(weight: Tensor, arguments: argparse.Namespace, ranks: int) -> None:
+    """All methods by turns; the first rank prints."""
+    device = weight.device
+    hidden = torch.randn(arguments.tokens, arguments.hidden, dtype=weight.dtype, device=device, requires_grad=True)
     labels = torch.randint(0, arguments.vocab, (arguments.tokens,), device=device)
     found = {name: m for name, m in methods(arguments.vocab).items() if name in (arguments.methods or [name])}
     results: dict[str, list[Sample]] = {name: [] for name in found}
     for _ in range(arguments.repeats):
         for name, method in found.items():
             results[name].append(measure(method, hidden, weight, labels))
-    if rank == 0:
+    if dist.get_rank() == 0:
         _print(results, ranks)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _growth(weight: Tensor, arguments: argparse.Namespace) -> None:

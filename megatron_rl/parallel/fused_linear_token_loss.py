@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_rl.parallel.fused_linear_log_probs import LinearHead, buffers, fit
 from megatron_rl.parallel.linear_tiles import (
+    MOST_ROWS,
     WeightGradient,
     add_product,
     gather_tokens,
@@ -85,7 +86,8 @@ def fused_linear_token_loss(
         RuntimeError: the backward pass is run twice, or with main_grad begins with a gradient other than 1.
     """
     if chunk_tokens is None:
-        largest = max(16, _BUFFER_ELEMENTS["cuda" if weight.is_cuda else "cpu"] // max(1, len(weight)))
+        device = "cuda" if weight.is_cuda else "cpu"
+        largest = max(16, min(MOST_ROWS[device], _BUFFER_ELEMENTS[device] // max(1, len(weight))))
         # Chunks of equal size: a short last one would use the processor badly.
         chunk_tokens = max(1, math.ceil(len(labels) / max(1, math.ceil(len(labels) / largest))))
     head = LinearHead.of(

@@ -19,7 +19,7 @@ from megatron_rl.parallel.vocab_statistics import statistics_dtype
 _TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
 """Logits of a tile. CPU: 4 MiB, in the cache together with its weights. CUDA: 32 MiB, which keeps the products large
 and the L2 cache useful."""
-_ROWS = {"cpu": 1024, "cuda": 4096}
+MOST_ROWS = {"cpu": 1024, "cuda": 4096}
 """Tokens of a chunk: the weight, and the gradient that is added to it, pass through the processor once per chunk."""
 
 
@@ -41,7 +41,7 @@ class TileShape:
             if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}; must be at least 1")
         device = "cuda" if weight.is_cuda else "cpu"
-        rows = max(1, min(num_tokens, chunk_tokens or _ROWS[device]))
+        rows = max(1, min(num_tokens, chunk_tokens or MOST_ROWS[device]))
         columns = chunk_columns or max(128, _TILE_ELEMENTS[device] // rows)
         return TileShape(rows, min(columns, len(weight)))
 
