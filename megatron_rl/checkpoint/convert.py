@@ -23,7 +23,7 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_rl.checkpoint.folders import LATEST, CheckpointError, iteration_folder, latest_step
-from megatron_rl.checkpoint.hf_export import checkpoint_dtype
+from megatron_rl.checkpoint.hf_export import checkpoint_dtype, together, written_config, written_dtypes
 from megatron_rl.checkpoint.integrity import check_files, loading
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import check_weights, read_json_object, read_model_shape
@@ -33,14 +33,14 @@ from megatron_rl.engine.initialize import finalize, initialize
 from megatron_rl.models.build import build_gpt_model, transformer_config
 from megatron_rl.models.families import family_of
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.weights.gather import HFTensorIterator
-from megatron_rl.weights.hf_files import HFCheckpointReader, write_hf_checkpoint
+from megatron_rl.weights.hf_files import begin, complete
+from megatron_rl.weights.hf_reader import HFCheckpointReader
 from megatron_rl.weights.local_shards import Place, check_table, local_parameters
+from megatron_rl.weights.sharded_export import ExportPlan, ShardWriter
 
 # Names in the checkpoint begin with a part of GPTModel; the optimizer's begin with "optimizer.".
 _MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
 _EMBEDDING, _OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
-_BUCKET_BYTES = 1 << 30
 
 
 class _WholeModel:
@@ -54,6 +54,12 @@ class _WholeModel:
         self.gpt = build_gpt_model(hf, config, use_transformer_engine=False, pre_process=True, post_process=True)
         self.parameters = local_parameters([self.gpt])
         check_table(self.parameters, self.maps, Place())
+
+    def write(self, plan: ExportPlan, folder: Path) -> None:
+        """Write every tensor into the files of a plan."""
+        with ShardWriter(plan, folder) as writer:
+            for tensor_map in self.maps:
+                writer.write(tensor_map, 0, 1, self.parameters[tensor_map.name])
 
     def sharded_tensors(self) -> dict[str, Any]:
         """Core's description of every weight. Core's `_extra_state` entries, of FP8 layers, are not among them."""
@@ -115,10 +121,14 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path) -> None:
         _check_model(folder, shapes, template, hf)
         with loading(folder):
             loaded: dict[str, Tensor] = dist_checkpointing.load({"model": template}, str(folder))["model"]
-        for name, parameter in model.gpt.named_parameters():
-            parameter.copy_(loaded[name])
-        tensors = HFTensorIterator(model.parameters, model.maps, groups, dtype=model.dtype, bucket_bytes=_BUCKET_BYTES)
-        write_hf_checkpoint(output, tensors, source=hf_path)
+        weights = dict(model.gpt.named_parameters()) | dict(model.gpt.named_buffers())
+        for name in template:
+            weights[name].copy_(loaded[name])
+        plan = ExportPlan(model.maps, written_dtypes(hf_path, hf))
+        partial = output.with_name(f".{output.name}.partial")
+        together(output, lambda: plan.create(begin(output)))
+        together(output, lambda: model.write(plan, partial))
+        together(output, lambda: complete(partial, output, source=hf_path, config=written_config(hf)))
 
 
 @contextmanager

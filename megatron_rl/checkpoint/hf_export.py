@@ -1,16 +1,23 @@
 """The policy as a Hugging Face checkpoint."""
 
-from collections.abc import Iterator
+import errno
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from megatron.core import parallel_state
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.engine.policy import Policy
-from megatron_rl.weights.hf_files import write_hf_checkpoint
+from megatron_rl.models.tensor_map import TensorMap
+from megatron_rl.weights.hf_files import begin, complete
+from megatron_rl.weights.hf_reader import HFCheckpointReader
+from megatron_rl.weights.local_shards import Place
+from megatron_rl.weights.safetensors_format import DTYPES
+from megatron_rl.weights.sharded_export import ExportPlan, ShardWriter
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,21 +34,86 @@ def checkpoint_dtype(hf: dict[str, Any]) -> torch.dtype:
     return _DTYPES[name]
 
 
-def export_hf(policy: Policy, folder: Path, *, bucket_bytes: int = 1 << 30) -> None:
-    """Write the policy's weights in the source checkpoint's dtype, with its config, tokenizer and other files.
+def written_dtypes(source: Path, hf: dict[str, Any]) -> Callable[[str], torch.dtype]:
+    """Dtype of each written tensor: that of the source's tensor, or config.json's where that is none to train in."""
+    default = checkpoint_dtype(hf)
+    stored = HFCheckpointReader(source).tensors if any(source.glob("*.safetensors")) else {}
 
-    Collective over all ranks; rank 0 writes. `folder` appears when it is complete.
+    def dtype_of(name: str) -> torch.dtype:
+        dtype = DTYPES.get(stored[name].dtype) if name in stored else None
+        return dtype if dtype in _DTYPES.values() else default
+
+    return dtype_of
+
+
+def written_config(hf: dict[str, Any]) -> dict[str, Any] | None:
+    """The config.json of what is written: without a quantisation, and layers, that are not; None: as it was."""
+    config = {key: value for key, value in hf.items() if key != "quantization_config"}
+    if config.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = 0
+    return None if config == hf else config
+
+
+def export_hf(policy: Policy, folder: Path, *, max_file_bytes: int = 5 << 30) -> None:
+    """Write the policy's weights in the source checkpoint's dtypes, with its config, tokenizer and other files.
+
+    Collective over all ranks, each of which writes what it holds. `folder` appears when it is complete.
+
+    Raises:
+        UserError: the disk is full. Nothing is left behind then.
+        OSError: a rank could not write.
     """
-    dtype = checkpoint_dtype(policy.hf)
-    tensors: Iterator[tuple[str, Tensor]] = policy.hf_tensors(bucket_bytes=bucket_bytes)
+    source, hf = policy.hf_path, policy.hf
+    plan = ExportPlan(policy.maps, written_dtypes(source, hf), max_file_bytes=max_file_bytes)
+    partial = folder.with_name(f".{folder.name}.partial")
+    leads = dist.get_rank() == 0
+    together(folder, lambda: plan.create(begin(folder)) if leads else None)
+    together(folder, lambda: _write_shards(policy, plan, partial))
+    config = policy.export_config() or written_config(hf)
+    together(folder, lambda: complete(partial, folder, source=source, config=config) if leads else None)
+
+
+def _write_shards(policy: Policy, plan: ExportPlan, partial: Path) -> None:
+    place = Place.of(policy.groups)
+    with ShardWriter(plan, partial) as writer:
+        for tensor_map in _mine(policy):
+            writer.write(tensor_map, *place.in_group_of(tensor_map), policy.parameters[tensor_map.name])
+
+
+def _mine(policy: Policy) -> Iterator[TensorMap]:
+    """Those of this rank's shards that it writes: ranks that hold the same take turns."""
+    groups = policy.groups
+    experts = parallel_state.get_expert_data_parallel_rank(), parallel_state.get_expert_data_parallel_world_size()
+    others = groups.dp_cp.rank(), groups.dp_cp.size()
+    place = Place.of(groups)
+    for turn, tensor_map in enumerate(policy.maps):
+        if tensor_map.name not in policy.parameters:
+            continue
+        rank, size = others if tensor_map.expert is None else experts
+        part, parts = place.in_group_of(tensor_map)
+        if turn % size == rank and (not tensor_map.replicated or turn % parts == part):
+            yield tensor_map
+
+
+def together(folder: Path, action: Callable[[], None]) -> None:
+    """Do something on every rank; if it fails on one for want of a file system, fail on all, and clean up.
+
+    Raises:
+        UserError: no space is left for `folder`.
+        OSError: another failure.
+    """
+    failure: OSError | None = None
+    try:
+        action()
+    except OSError as error:
+        failure = error
+    failures: list[OSError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    first = next((one for one in failures if one is not None), None)
+    if first is None:
+        return
     if dist.get_rank() == 0:
-        write_hf_checkpoint(
-            folder,
-            ((name, tensor.to(dtype)) for name, tensor in tensors),
-            source=policy.hf_path,
-            config=policy.export_config(),
-        )
-    else:
-        for _ in tensors:
-            pass
-    dist.barrier()
+        shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
+    if first.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise UserError(f"{folder}: no space left on the device for the checkpoint; nothing was written") from first
+    raise first

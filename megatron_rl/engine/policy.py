@@ -27,7 +27,7 @@ from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.sizes import ModelSizes
 from megatron_rl.weights.gather import HFTensorIterator
-from megatron_rl.weights.hf_files import HFCheckpointReader
+from megatron_rl.weights.hf_reader import HFCheckpointReader
 from megatron_rl.weights.local_shards import Place, check_table, local_parameters
 from megatron_rl.weights.quantization import refusal
 

@@ -18,7 +18,7 @@ from megatron_rl.engine.policy import Policy
 from megatron_rl.models.scalar_head import ScalarHead, backbone_config, scalar_config, scalar_maps
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.weights.hf_files import HFCheckpointReader
+from megatron_rl.weights.hf_reader import HFCheckpointReader
 
 
 class ValueHead:

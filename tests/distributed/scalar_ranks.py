@@ -36,4 +36,4 @@ def values_of(
 
 def export_scalar(rank: int, checkpoint: Path, layout: str, per_token: bool, output: Path) -> None:
     """Import a classifier at a layout and export it again."""
-    export_hf(start_scalar_model(checkpoint, layout, per_token=per_token), output, bucket_bytes=100_000)
+    export_hf(start_scalar_model(checkpoint, layout, per_token=per_token), output)

@@ -80,8 +80,7 @@ def visit(rank: int, layout: str, case: Case, output: Path) -> dict[str, list[np
         model = ModelConfig(hf_path=str(folder), params_dtype=Dtype.float32)
         policy = Policy(model, groups, parallel)
         log_probs[family] = policy_log_probs(policy, case.sequences)
-        # Buckets of less than the embedding and of several smaller tensors.
-        export_hf(policy, output / family, bucket_bytes=100_000)
+        export_hf(policy, output / family)
         if TRAINED.get(layout) == family:
             save_trained(policy, output / "trained")
     return log_probs

@@ -139,4 +139,4 @@ def log_probs_of(rank: int, checkpoint: Path, layout: str, sequences: list[list[
 
 def round_trip(rank: int, checkpoint: Path, layout: str, output: Path) -> None:
     """Import a checkpoint at a layout and export it again."""
-    export_hf(start_policy(checkpoint, layout), output, bucket_bytes=100_000)
+    export_hf(start_policy(checkpoint, layout), output)

@@ -19,7 +19,7 @@ from megatron_rl.models.tensor_map import (
     stacked,
     vocabulary,
 )
-from megatron_rl.weights.gather import _assemble
+from megatron_rl.weights.gather import place
 from megatron_rl.weights.runs import matrix, rows, runs_of_shard
 
 
@@ -191,7 +191,8 @@ def test_cut_into_shards_and_assembled_again_every_element_is_in_its_place(case)
     everything = shards[0] if tensor_map.replicated else torch.cat([shard.flatten() for shard in shards])
     real = everything[everything > 0]
     assert real.sort().values.tolist() == list(range(1, numel + 1))
-    assembled = dict(_assemble(tensor_map, shards))
+    assembled: dict[str, Tensor] = {}
+    place(tensor_map, shards, assembled)
     assert assembled.keys() == whole.keys()
     assert all(torch.equal(assembled[name], tensor) for name, tensor in whole.items())
 

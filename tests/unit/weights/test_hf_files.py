@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.models.tensor_map import TensorMap, gate_up, split, vocabulary
-from megatron_rl.weights.hf_files import HFCheckpointReader, write_hf_checkpoint
+from megatron_rl.weights.hf_files import write_hf_checkpoint
+from megatron_rl.weights.hf_reader import HFCheckpointReader
 
 INDEX = "model.safetensors.index.json"
 MAPS = [
