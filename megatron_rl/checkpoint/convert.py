@@ -115,7 +115,7 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path) -> None:
     hf = _read_config(hf_path)
     folder = _iteration(checkpoint)
     shapes = check_files(folder)
-    with world_of_one() as groups, torch.no_grad():
+    with world_of_one(), torch.no_grad():
         model = _WholeModel(hf)
         template = model.sharded_tensors()
         _check_model(folder, shapes, template, hf)
@@ -128,7 +128,7 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path) -> None:
         partial = output.with_name(f".{output.name}.partial")
         together(output, lambda: plan.create(begin(output)))
         together(output, lambda: model.write(plan, partial))
-        together(output, lambda: complete(partial, output, source=hf_path, config=written_config(hf)))
+        together(output, lambda: complete(partial, output, source=hf_path, config=written_config(hf_path, hf)))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.weights.hf_files import begin, complete
 from megatron_rl.weights.hf_reader import HFCheckpointReader
 from megatron_rl.weights.local_shards import Place
-from megatron_rl.weights.safetensors_format import DTYPES
+from megatron_rl.weights.safetensors_format import DTYPES, StoredTensor
 from megatron_rl.weights.sharded_export import ExportPlan, ShardWriter
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,22 +34,28 @@ def checkpoint_dtype(hf: dict[str, Any]) -> torch.dtype:
     return _DTYPES[name]
 
 
+def _stored(source: Path) -> dict[str, StoredTensor]:
+    """The tensors of the source; a config.json may come without any."""
+    return HFCheckpointReader(source).tensors if any(source.glob("*.safetensors")) else {}
+
+
 def written_dtypes(source: Path, hf: dict[str, Any]) -> Callable[[str], torch.dtype]:
     """Dtype of each written tensor: that of the source's tensor, or config.json's where that is none to train in."""
     default = checkpoint_dtype(hf)
-    stored = HFCheckpointReader(source).tensors if any(source.glob("*.safetensors")) else {}
+    stored = _stored(source)
 
     def dtype_of(name: str) -> torch.dtype:
-        dtype = DTYPES.get(stored[name].dtype) if name in stored else None
+        dtype = DTYPES.get(stored[name].dtype, default) if name in stored else default
         return dtype if dtype in _DTYPES.values() else default
 
     return dtype_of
 
 
-def written_config(hf: dict[str, Any]) -> dict[str, Any] | None:
-    """The config.json of what is written: without a quantisation, and layers, that are not; None: as it was."""
+def written_config(source: Path, hf: dict[str, Any]) -> dict[str, Any] | None:
+    """The config.json of what is written: without a quantisation, and layers, that are left out; None: as it was."""
     config = {key: value for key, value in hf.items() if key != "quantization_config"}
-    if config.get("num_nextn_predict_layers"):
+    after_last = f"model.layers.{hf['num_hidden_layers']}."
+    if any(name.startswith(after_last) for name in _stored(source)):
         config["num_nextn_predict_layers"] = 0
     return None if config == hf else config
 
@@ -69,7 +75,7 @@ def export_hf(policy: Policy, folder: Path, *, max_file_bytes: int = 5 << 30) ->
     leads = dist.get_rank() == 0
     together(folder, lambda: plan.create(begin(folder)) if leads else None)
     together(folder, lambda: _write_shards(policy, plan, partial))
-    config = policy.export_config() or written_config(hf)
+    config = policy.export_config() or written_config(source, hf)
     together(folder, lambda: complete(partial, folder, source=source, config=config) if leads else None)
 
 

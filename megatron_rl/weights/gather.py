@@ -37,7 +37,8 @@ def _layer(name: str) -> str:
 class HFTensorIterator:
     """Iterates over the whole policy as (Hugging Face name, full tensor), on every rank alike.
 
-    Collective over the ranks of a replica, with experts over all ranks that share them: every rank of a replica must exhaust it, in step with the others.
+    Collective over the ranks of a replica, with experts over all ranks that share them: every rank must exhaust it, in
+    step with the others.
     """
 
     def __init__(

@@ -85,7 +85,7 @@ class HFCheckpointReader:
             return False
         hf = read_json_object(self.folder / "config.json", "config.json")
         last = hf.get("num_hidden_layers", 0)
-        return last <= int(layer[1]) < last + (hf.get("num_nextn_predict_layers") or 0)
+        return bool(last <= int(layer[1]) < last + (hf.get("num_nextn_predict_layers") or 0))
 
     def _is_quantized(self, name: str) -> bool:
         return name in self.tensors and self.tensors[name].dtype == "F8_E4M3"

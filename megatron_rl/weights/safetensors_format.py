@@ -141,7 +141,7 @@ def create_file(folder: Path, planned: PlannedFile) -> None:
 
 def write_at(descriptor: int, values: Tensor, offset: int) -> None:
     """Write the elements of a contiguous host tensor at a byte of a file."""
-    left = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+    left = values.reshape(-1).view(torch.uint8).numpy().data
     while left:
         written = os.pwrite(descriptor, left, offset)
         left, offset = left[written:], offset + written

@@ -40,7 +40,8 @@ def source(tmp_path: Path) -> Path:
     down = {"down": half.pop("down")}
     save_file(half, folder / "model-00001-of-00002.safetensors")
     save_file(down, folder / "model-00002-of-00002.safetensors")
-    (folder / INDEX).write_text("{}")
+    files = {name: f"model-0000{1 + (name == 'down')}-of-00002.safetensors" for name in tensors()}
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
     (folder / "config.json").write_text('{"a": 1}\n')
     (folder / "tokenizer.json").write_bytes(b"\x00\xff")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
@@ -90,8 +91,63 @@ def test_a_corrupt_header_is_named(source: Path):
     content = bytearray(file.read_bytes())
     content[8] = ord("}")
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: not a complete safetensors file"):
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: not a safetensors file: its header"):
         HFCheckpointReader(source)
+
+
+def test_a_file_that_the_index_promises(source: Path):
+    (source / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: missing, which .*index\.json promises"):
+        HFCheckpointReader(source)
+
+
+def test_files_beside_those_of_the_index_are_not_read(source: Path):
+    """Some checkpoints hold the same weights again, under other names."""
+    save_file({"consolidated": torch.zeros(1)}, source / "consolidated.safetensors")
+    assert HFCheckpointReader(source).names == set(tensors())
+
+
+def test_a_dtype_that_is_no_weight_is_named(source: Path):
+    save_file({"down": torch.zeros(2, 4, dtype=torch.int32)}, source / "model-00002-of-00002.safetensors")
+    message = r"model-00002-of-00002\.safetensors: tensor 'down' has dtype I32, allowed: F32, BF16, F16, F8_E4M3 with"
+    with pytest.raises(UserError, match=message):
+        HFCheckpointReader(source).check(MAPS)
+
+
+def test_what_follows_from_the_config_and_layers_after_the_last_are_not_read(source: Path):
+    extra = ("model.layers.1.self_attn.rotary_emb.inv_freq", "model.layers.2.eh_proj.weight")
+    (source / INDEX).unlink()
+    save_file({name: torch.zeros(1) for name in extra}, source / "extra.safetensors")
+    (source / "config.json").write_text('{"num_hidden_layers": 2, "num_nextn_predict_layers": 1}')
+    HFCheckpointReader(source).check(MAPS)
+    (source / "config.json").write_text('{"num_hidden_layers": 2}')
+    with pytest.raises(UserError, match=r"extra\.safetensors: tensor 'model\.layers\.2\.eh_proj\.weight' is unknown"):
+        HFCheckpointReader(source).check(MAPS)
+
+
+def quantized(folder: Path, scales: Tensor) -> HFCheckpointReader:
+    """A float8 matrix of 200 x 150: rows 0, 128 and columns 0, 128 begin a block."""
+    values = torch.ones(200, 150).to(torch.float8_e4m3fn)
+    save_file({"w": values, "w_scale_inv": scales}, folder / "model.safetensors")
+    return HFCheckpointReader(folder)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_float8_blocks_are_multiplied_by_their_scales(tmp_path: Path, dim: int):
+    reader = quantized(tmp_path, torch.tensor([[2.0, 3.0], [5.0, 7.0]]))
+    tensor_map = split("ours", "w", (200, 150), dim=dim)
+    reader.check([tensor_map])
+    whole = torch.empty(200, 150)
+    whole[:128, :128], whole[:128, 128:], whole[128:, :128], whole[128:, 128:] = 2.0, 3.0, 5.0, 7.0
+    for rank, expected in enumerate(whole.chunk(2, dim)):
+        shard = torch.empty_like(expected)
+        reader.read_shard(tensor_map, rank, 2, shard)
+        assert torch.equal(shard, expected)
+
+
+def test_float8_without_the_scales_of_its_blocks_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"'w_scale_inv' has shape \(1, 2\) and dtype F32; needed .* \(2, 2\)"):
+        quantized(tmp_path, torch.ones(1, 2)).check([split("ours", "w", (200, 150), dim=0)])
 
 
 def test_a_missing_an_unknown_and_a_wrong_tensor_are_named(source: Path):
@@ -107,6 +163,7 @@ def test_a_missing_an_unknown_and_a_wrong_tensor_are_named(source: Path):
 
 def test_a_tied_output_layer_may_be_stored_twice(source: Path):
     """Some writers store it again as lm_head.weight; the embedding is what counts, as in transformers."""
+    (source / INDEX).unlink()
     save_file({"lm_head.weight": torch.zeros(3, 2)}, source / "tied.safetensors")
     reader = HFCheckpointReader(source)
     reader.check(MAPS)
