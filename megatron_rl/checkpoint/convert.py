@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_rl.checkpoint.folders import LATEST, CheckpointError, iteration_folder, latest_step
 from megatron_rl.checkpoint.hf_export import checkpoint_dtype, together, written_config, written_dtypes
 from megatron_rl.checkpoint.integrity import check_files, loading
+from megatron_rl.checkpoint.verify import largest_log_prob_difference
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import check_weights, read_json_object, read_model_shape
 from megatron_rl.config.schema import ParallelConfig
@@ -32,6 +34,7 @@ from megatron_rl.device import distributed_backend
 from megatron_rl.engine.initialize import finalize, initialize
 from megatron_rl.models.build import build_gpt_model, transformer_config
 from megatron_rl.models.families import family_of
+from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.hf_files import begin, complete
 from megatron_rl.weights.hf_reader import HFCheckpointReader
@@ -55,10 +58,18 @@ class _WholeModel:
         self.parameters = local_parameters([self.gpt])
         check_table(self.parameters, self.maps, Place())
 
+    def shown(self, doing: str) -> Iterator[TensorMap]:
+        """The table, with a bar of the bytes gone through and the time left, where a terminal can show it."""
+        sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in self.parameters.items()}
+        with tqdm(total=sum(sizes.values()), desc=doing, unit="B", unit_scale=True, disable=None) as bar:
+            for tensor_map in self.maps:
+                yield tensor_map
+                bar.update(sizes[tensor_map.name])
+
     def write(self, plan: ExportPlan, folder: Path) -> None:
         """Write every tensor into the files of a plan."""
         with ShardWriter(plan, folder) as writer:
-            for tensor_map in self.maps:
+            for tensor_map in self.shown("writing the Hugging Face files"):
                 writer.write(tensor_map, 0, 1, self.parameters[tensor_map.name])
 
     def sharded_tensors(self) -> dict[str, Any]:
@@ -67,12 +78,16 @@ class _WholeModel:
         return {name: entry for name, entry in entries.items() if not name.endswith("_extra_state")}
 
 
-def hf_to_megatron(*, hf_path: Path, output: Path) -> None:
+def hf_to_megatron(*, hf_path: Path, output: Path, verify: bool = False) -> float | None:
     """Write the Megatron checkpoint of a Hugging Face one.
 
     Args:
         hf_path: folder of a Hugging Face checkpoint.
         output: folder to create; it appears when it is complete.
+        verify: compare the Megatron model with the Hugging Face one.
+
+    Returns:
+        With `verify` the largest difference of a log-prob between the two, see `verify`; else None.
 
     Raises:
         UserError: `output` has something in it; the checkpoint is not one of a supported model, or its files are
@@ -85,7 +100,7 @@ def hf_to_megatron(*, hf_path: Path, output: Path) -> None:
         model = _WholeModel(hf)
         reader = HFCheckpointReader(hf_path)
         reader.check(model.maps)
-        for tensor_map in model.maps:
+        for tensor_map in model.shown("reading the Hugging Face files"):
             reader.read_shard(tensor_map, 0, 1, model.parameters[tensor_map.name])
         partial = output.with_name(f".{output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -94,9 +109,10 @@ def hf_to_megatron(*, hf_path: Path, output: Path) -> None:
         dist_checkpointing.save({"model": model.sharded_tensors()}, str(folder))
         (partial / LATEST).write_text("0\n")
         os.replace(partial, output)
+        return largest_log_prob_difference(model.gpt, hf_path, hf["vocab_size"]) if verify else None
 
 
-def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path) -> None:
+def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path, verify: bool = False) -> float | None:
     """Write the Hugging Face checkpoint of a Megatron one.
 
     Core unpickles parts of a Megatron checkpoint, so one from a stranger is to be distrusted like a program.
@@ -107,6 +123,10 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path) -> None:
         hf_path: Hugging Face checkpoint of the same architecture; its config, tokenizer and other files are copied,
             and config.json says in which dtype the weights are written.
         output: folder to create; it appears when it is complete.
+        verify: compare the Megatron model with the Hugging Face one.
+
+    Returns:
+        With `verify` the largest difference of a log-prob between the two, see `verify`; else None.
 
     Raises:
         UserError: `output` has something in it; a checkpoint's files are missing, damaged or do not fit config.json.
@@ -129,6 +149,7 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path) -> None:
         together(output, lambda: plan.create(begin(output)))
         together(output, lambda: model.write(plan, partial))
         together(output, lambda: complete(partial, output, source=hf_path, config=written_config(hf_path, hf)))
+        return largest_log_prob_difference(model.gpt, output, hf["vocab_size"]) if verify else None
 
 
 @contextmanager

@@ -1,0 +1,131 @@
+"""Import and export of a generated 1.5B-parameter checkpoint at TP2: seconds, peak memory, the disk's copy speed.
+
+    python tools/bench_convert.py [--layers 28]
+
+Two ranks import their shards and export them again. Memory is what the process holds for itself (RssAnon of
+/proc/self/status, the page cache left out), at its peak over the import, less what it held before. The same files are
+copied in the same run, by one process, for comparison. Everything goes to a temporary folder, which is deleted.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
+from megatron_rl.checkpoint.hf_export import export_hf
+from megatron_rl.config.schema import Dtype, ModelConfig, ParallelConfig
+from megatron_rl.engine.initialize import initialize
+from megatron_rl.engine.policy import Policy
+from megatron_rl.models.families import family_of
+from megatron_rl.weights.sharded_export import ExportPlan
+from tests.distributed.spawn import run_ranks
+
+# The sizes of Qwen2.5-1.5B, untied.
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "dtype": "bfloat16",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "max_position_embeddings": 4096,
+    "model_type": "qwen2",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "vocab_size": 151936,
+}
+
+
+class PeakMemory:
+    """Peak of the process's own memory inside the context, above what it was, bytes."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.before = self.peak = self._now()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self.peak = max(self.peak, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def convert(rank: int, source: str, output: str) -> dict[str, float]:
+    """One rank: build, import, export."""
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    model = ModelConfig(hf_path=source, params_dtype=Dtype.bfloat16, load_weights=False)
+    # Weights are drawn when the model is built, so that the import fills memory that is there already.
+    policy = Policy(model, initialize(parallel, seed=0), parallel)
+    shard = sum(p.numel() * p.element_size() for p in policy.parameters.values())
+    torch.distributed.barrier()
+    with PeakMemory() as memory:
+        begin = time.perf_counter()
+        policy.load_hf_weights(Path(source))
+        torch.distributed.barrier()
+        imported = time.perf_counter()
+    export_hf(policy, Path(output))
+    exported = time.perf_counter()
+    return {
+        "import_s": imported - begin,
+        "export_s": exported - imported,
+        "shard": shard,
+        "above_shard": memory.peak - memory.before,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    arguments = parser.parse_args()
+    hf = {**CONFIG, "num_hidden_layers": arguments.layers}
+    with tempfile.TemporaryDirectory() as root:
+        source, output = Path(root, "source"), Path(root, "output")
+        source.mkdir()
+        (source / "config.json").write_text(json.dumps(hf))
+        plan = ExportPlan(family_of(hf).tensor_maps(hf), lambda name: torch.bfloat16)
+        plan.create(source)
+        largest = max(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in plan.tensors.values())
+        for file in plan.files:
+            with (source / file.name).open("r+b") as stream:
+                stream.seek(len(file.header))
+                for begin in range(len(file.header), file.num_bytes, 1 << 24):
+                    count = min(1 << 24, file.num_bytes - begin)
+                    stream.write(torch.randint(256, (count,), dtype=torch.uint8).numpy().data)
+        begin = time.perf_counter()
+        shutil.copytree(source, Path(root, "copy"))
+        copied = time.perf_counter() - begin
+        shutil.rmtree(Path(root, "copy"))
+        ranks = run_ranks(convert, 2, str(source), str(output), timeout_s=400.0)
+        same = all((source / f.name).read_bytes() == (output / f.name).read_bytes() for f in plan.files)
+    megabytes = plan.num_bytes / 1e6
+    print(f"{megabytes:.0f} MB in {len(plan.files)} files; copied at {megabytes / copied:.0f} MB/s")
+    for way in ("import", "export"):
+        speed = megabytes / max(rank[f"{way}_s"] for rank in ranks)
+        print(f"{way}: {speed:.0f} MB/s, {speed * copied / megabytes:.2f} of the copy")
+    for rank, values in enumerate(ranks):
+        print(
+            f"rank {rank}: shard {values['shard'] / 1e6:.0f} MB, import {values['above_shard'] / 1e6:.0f} MB above it"
+        )
+    print(f"largest tensor {largest / 1e6:.0f} MB; the export is {'the same bytes' if same else 'NOT the same bytes'}")
+
+
+if __name__ == "__main__":
+    main()
