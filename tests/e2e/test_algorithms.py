@@ -69,7 +69,7 @@ def test_a_policy_gradient_algorithm_trains(preset: str, tmp_path: Path) -> None
     assert math.isfinite(last["policy/loss"])
     assert last["optim/grad_norm"] > 0
     assert ("value/loss" in last) == (preset in ("ppo", "a2c"))
-    assert ("policy/kl_ref" in last) == ("coefficient: 0.0" not in (PRESETS / f"{preset}.yaml").read_text())
+    assert ("policy/kl_ref" in last) == ("  coefficient: 0.0\n" not in (PRESETS / f"{preset}.yaml").read_text())
     assert ("sampling/rounds" in last) == (preset == "dapo")
 
 
