@@ -16,20 +16,24 @@ from megatron_rl.engine.policy import Policy
 class ReferenceWeights:
     """A host copy of this rank's shards."""
 
-    def __init__(self, policy: Policy) -> None:
-        """Copy the policy's present weights."""
-        self.policy = policy
-        self.weights = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters().items()}
+    def __init__(self, policy: Policy, *, is_average: bool = False) -> None:
+        """Copy the policy's present weights.
 
-    def _parameters(self) -> dict[str, Tensor]:
-        # By Megatron's own names: the last stage's copy of a tied embedding is swapped too.
+        Args:
+            is_average: they are averaged, in float32: in bfloat16 a hundredth of the way would be rounded to none.
+        """
+        self.policy, self.is_average = policy, is_average
+        self.weights = {name: self._copied(p) for name, p in self.parameters().items()}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The policy's, by Megatron's own names: the last stage's copy of a tied embedding is one of them."""
         return {f"{i}.{name}": p for i, gpt in enumerate(self.policy.models) for name, p in gpt.named_parameters()}
 
     @contextmanager
     @torch.no_grad()
     def swapped_in(self) -> Iterator[Policy]:
         """Inside the context the policy's model computes with the reference's weights; afterwards with its own."""
-        own = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters().items()}
+        own = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters().items()}
         self._copy(self.weights)
         try:
             yield self.policy
@@ -38,16 +42,17 @@ class ReferenceWeights:
 
     @torch.no_grad()
     def move(self, decay: float) -> None:
-        """Move towards the policy: reference <- decay reference + (1 - decay) policy. 0 copies it.
+        """Move towards the policy: reference <- decay reference + (1 - decay) policy. 0 copies it."""
+        for name, parameter in self.parameters().items():
+            present = self._copied(parameter)
+            self.weights[name] = torch.lerp(present, self.weights[name], decay) if decay else present
 
-        An average is kept in float32: in bfloat16 a step of a hundredth of the way would be rounded to none.
-        """
-        for name, parameter in self._parameters().items():
-            present = parameter.detach().to("cpu", copy=True)
-            self.weights[name] = torch.lerp(present.float(), self.weights[name].float(), decay) if decay else present
+    def _copied(self, parameter: Tensor) -> Tensor:
+        dtype = torch.float32 if self.is_average else parameter.dtype
+        return parameter.detach().to("cpu", dtype, copy=True)
 
     def _copy(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self._parameters().items():
+        for name, parameter in self.parameters().items():
             parameter.data.copy_(weights[name])
 
 

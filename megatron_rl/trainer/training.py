@@ -14,7 +14,7 @@ from typing import IO, Any, Self
 import torch.distributed as dist
 
 from megatron_rl.algorithms.metrics import Metric
-from megatron_rl.checkpoint import training_state
+from megatron_rl.checkpoint import reference_state, training_state
 from megatron_rl.checkpoint.folders import SCORE, iteration_folder
 from megatron_rl.checkpoint.hf_export import export_hf
 from megatron_rl.checkpoint.resume import resume
@@ -23,7 +23,7 @@ from megatron_rl.checkpoint.writer import CheckpointWriter
 from megatron_rl.config.errors import Interrupted, UserError
 from megatron_rl.config.load import save_config
 from megatron_rl.config.numerics import row_multiple
-from megatron_rl.config.schema import Config, GuardAction, NonFinite
+from megatron_rl.config.schema import Config, GuardAction, KLReference, NonFinite
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
@@ -53,7 +53,7 @@ def build_reference(config: Config, policy: Policy) -> ReferenceWeights | Teache
     """
     path = config.algorithm.kl.reference_path
     if path is None:
-        return ReferenceWeights(policy)
+        return ReferenceWeights(policy, is_average=config.algorithm.kl.reference is KLReference.moving_average)
     teacher = Policy(
         replace(config.model, hf_path=path, load_weights=True),
         policy.groups,
@@ -148,7 +148,7 @@ class Training:
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
         )
-        saved = resume(self.run.checkpoints_dir, self.models, say=say)
+        saved = self._resume()
         if saved is not None:
             self.state = RunState(**saved)
         self.log = self._open_log() if self.is_main and records else None
@@ -158,6 +158,19 @@ class Training:
             self.is_main and config.logging.progress,
             initial=self.state.step,
         )
+
+    @property
+    def _moving_reference(self) -> ReferenceWeights | None:
+        """The reference policy, if it is part of the run's state."""
+        fixed = self.config.algorithm.kl.reference is KLReference.fixed
+        return self.reference if isinstance(self.reference, ReferenceWeights) and not fixed else None
+
+    def _resume(self) -> dict[str, Any] | None:
+        """Restore the latest whole checkpoint and return its run state; None if there is none. Collective."""
+        saved = resume(self.run.checkpoints_dir, self.models, say=say)
+        if saved is not None and self._moving_reference is not None:
+            reference_state.load(self.run.checkpoints_dir, saved["step"], self._moving_reference)
+        return saved
 
     def _open_folder(self) -> IO[str] | None:
         """Make the run's folder and take its lock; rank 0 does, and all ranks learn what keeps it from it."""
@@ -307,7 +320,7 @@ class Training:
         self.checkpoints.finish()
         if count > self.config.train.max_rollbacks:
             raise GuardStop(f"{reason}; the run has gone back {count - 1} times, train.max_rollbacks")
-        saved = resume(self.run.checkpoints_dir, self.models, say=say)
+        saved = self._resume()
         if saved is None:
             raise GuardStop(f"{reason}; there is no checkpoint to go back to")
         # In place: the recipe holds on to the state.
@@ -376,6 +389,8 @@ class Training:
         if self.log is not None:
             self.log.position()  # the steps before a checkpoint are not made again: their rows must outlive it
         state = training_state.to_save(self.models, asdict(self.state))
+        if self._moving_reference is not None:
+            state |= reference_state.to_save(self._moving_reference)
         notes = self._score(row)
         if self.log is not None and self.log.unwritten:
             notes[UNWRITTEN] = self.log.unwritten

@@ -5,13 +5,14 @@ What an algorithm computes is tested where it is written; here its parts are put
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from tests.e2e.runs import Run
+from tests.e2e.runs import Run, repeatable
 
 PRESETS = Path(__file__).parents[2] / "configs" / "algorithms"
 ONLINE = ["a2c", "cispo", "dapo", "dr_grpo", "grpo", "gspo", "on_policy_distillation", "ppo", "reinforce"]
@@ -122,3 +123,18 @@ def test_supervised_training_with_the_focal_loss(tmp_path: Path) -> None:
     run = judged_run(tmp_path, "focal", "sft", [row | {"label": 1} for row in SINGLE]).succeed()
     assert 0 < run.rows[-1]["sft/loss"] < 10
     assert run.rows[-1]["optim/grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_critic_adaptive_kl_and_moving_reference_resume(tmp_path: Path) -> None:
+    """Set back to step 2 and made again, steps 3 and 4 are those of the first time, bit for bit."""
+    kl = {"target": 0.01, "horizon": 24, "reference": "moving_average", "moving_average_decay": 0.5}
+    train = {"num_steps": 4, "global_batch_size": 12}
+    run = run_of(tmp_path, "ppo", train=train, checkpoint={"save_interval": 2}, algorithm={"kl": kl}).succeed()
+    first, weights = repeatable(run.rows), run.exported_bytes
+    assert len({row["policy/kl_coefficient"] for row in first if "policy/kl_coefficient" in row}) == 4
+    shutil.rmtree(run.directory.checkpoints_dir / "iter_0000004")
+    (run.directory.checkpoints_dir / "latest_checkpointed_iteration.txt").write_text("2\n")
+    run.succeed()
+    assert repeatable(run.rows) == first
+    assert run.exported_bytes == weights

@@ -56,9 +56,9 @@ class Follower(ReferenceWeights):
 
     def __init__(self) -> None:
         self.parameter = torch.tensor([1.0])
-        super().__init__(cast(Any, None))
+        super().__init__(cast(Any, None), is_average=True)
 
-    def _parameters(self) -> dict[str, torch.Tensor]:
+    def parameters(self) -> dict[str, torch.Tensor]:
         return {"p": self.parameter}
 
 
