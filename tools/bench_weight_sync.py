@@ -94,10 +94,10 @@ def receive(folder: str, orders: str, rounds: int) -> None:
     """The engine's process of the shared-memory figure."""
     torch.set_num_threads(1)
     told = Orders.from_json(orders)
-    memory = Memory(told)
+    memory, mapped = Memory(told), dict[str, Tensor]()
     Path(folder, "ready").touch()
     for index in range(rounds):
-        transport = FolderTransport(Path(folder, str(index)), 1, timeout_seconds=120)
+        transport = FolderTransport(Path(folder, str(index)), 1, timeout_seconds=120, mapped=mapped)
         while not transport.folder.exists():
             time.sleep(0.0005)
         Exchange(told, transport).run({}, memory, version=index)
@@ -107,7 +107,7 @@ def receive(folder: str, orders: str, rounds: int) -> None:
 def shared_memory(parameters: dict[str, Tensor], maps: list[TensorMap], layers: int, repeats: int) -> float:
     apart = plan(maps, layers, 1)
     sender = Orders.of(apart, 0, {})
-    seconds = []
+    seconds, mapped = [], dict[str, Tensor]()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         arguments = (folder, Orders.of(apart, 1, {}).to_json(), repeats + 1)
         process = multiprocessing.get_context("spawn").Process(target=receive, args=arguments)
@@ -118,7 +118,7 @@ def shared_memory(parameters: dict[str, Tensor], maps: list[TensorMap], layers: 
             messages = Path(folder, str(index))
             begun = time.perf_counter()
             messages.mkdir()
-            transport = FolderTransport(messages, 0, timeout_seconds=120)
+            transport = FolderTransport(messages, 0, timeout_seconds=120, mapped=mapped)
             Exchange(sender, transport).run(parameters, None, version=index)
             while not Path(folder, f"done{index}").exists():
                 time.sleep(0.0005)

@@ -35,6 +35,7 @@ RANGES = {
     "optimizer.adam_eps": "(0, inf)",
     "optimizer.clip_grad": "[0, inf)",
     "data.max_prompt_tokens": "[1, inf)",
+    "rollout.num_engines": "[1, inf)",
     "rollout.num_prompts_per_step": "[1, inf)",
     "rollout.num_samples_per_prompt": "[1, inf)",
     "rollout.tensor_model_parallel_size": "[1, inf)",

@@ -133,6 +133,21 @@ class QuantizedFormat(Enum):
     nvfp4 = "nvfp4"
 
 
+class EnginePlacement(Enum):
+    """Where the engines run: inside the training ranks, or in processes of their own."""
+
+    colocated = "colocated"
+    disaggregated = "disaggregated"
+
+
+class InFlight(Enum):
+    """What becomes of requests that run while weights change: see `rollout/remote.py`."""
+
+    keep = "keep"
+    wait = "wait"
+    abort = "abort"
+
+
 class SyncVerify(Enum):
     """How much of every weight synchronisation is proven; see `trainer/sync.py`."""
 
@@ -325,7 +340,15 @@ class SamplingConfig:
 
 @dataclass
 class RolloutConfig:
-    """Generation with vLLM inside the training ranks."""
+    """Generation with vLLM."""
+
+    placement: EnginePlacement = EnginePlacement.colocated
+    """Engines inside the training ranks, or vLLM servers in processes of their own, on this machine."""
+    num_engines: int = 1
+    """With placement disaggregated: engines, each started and driven by one of the first training ranks."""
+    in_flight: InFlight = InFlight.keep
+    """With placement disaggregated: requests that run while weights change go on with the new ones (keep), end first
+    (wait), or are ended (abort)."""
 
     num_prompts_per_step: int = 16
     """Prompts of one training step."""
@@ -360,6 +383,8 @@ class SyncConfig:
 
     bucket_megabytes: float = 256.0
     """Weights travel in buckets of at most this size (a single larger tensor travels alone)."""
+    folder: str | None = None
+    """Folder through which disaggregated engines get their weights; null: this machine's shared memory."""
     timeout_seconds: float = 300.0
     """Limit of any wait for a peer's weights."""
     verify: SyncVerify = SyncVerify.off

@@ -26,7 +26,7 @@ from megatron_rl.config.load import shown
 from megatron_rl.config.numerics import check_fp8_shapes, check_numerics
 from megatron_rl.config.pipeline import layers_of_stages
 from megatron_rl.config.ranges import check_ranges
-from megatron_rl.config.schema import Aggregation, Config, LRDecayStyle, ParallelConfig, Recipe
+from megatron_rl.config.schema import Aggregation, Config, EnginePlacement, LRDecayStyle, ParallelConfig, Recipe
 
 _DATA_FORMATS = ("jsonl", "parquet", "gsm8k")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -94,6 +94,13 @@ def validate(
     shape = read_model_shape(Path(config.model.hf_path))
     check_model(config, shape, generates=generates, architectures=architectures)
     check_files(config)
+
+
+def number_of_engines(config: Config, num_ranks: int) -> int:
+    """Engines of a run with so many training ranks."""
+    if config.rollout.placement is EnginePlacement.disaggregated:
+        return config.rollout.num_engines
+    return num_ranks // config.rollout.tensor_model_parallel_size
 
 
 def replica_ranks(parallel: ParallelConfig) -> int:
@@ -301,7 +308,7 @@ def _check_batches(config: Config, world_size: int | None) -> None:
     train, rollout, optimizer = config.train, config.rollout, config.optimizer
     num_updates = train.num_steps
     if config.recipe is Recipe.rl:
-        num_engines = _num_ranks(config, world_size) // rollout.tensor_model_parallel_size
+        num_engines = number_of_engines(config, _num_ranks(config, world_size))
         if rollout.num_prompts_per_step < num_engines:
             _refuse(
                 "rollout.num_prompts_per_step", rollout.num_prompts_per_step, f"at least {num_engines}, one per engine"
@@ -334,7 +341,14 @@ def _check_batches(config: Config, world_size: int | None) -> None:
 def _check_rollout(config: Config, world_size: int | None) -> None:
     rollout, evaluation = config.rollout, config.evaluation
     num_ranks = _num_ranks(config, world_size)
-    if num_ranks % rollout.tensor_model_parallel_size:
+    if rollout.placement is EnginePlacement.disaggregated:
+        if rollout.num_engines > num_ranks:
+            _refuse("rollout.num_engines", rollout.num_engines, f"at most {num_ranks}, one per training rank")
+        if rollout.quantization is not None:
+            _refuse("rollout.quantization", rollout.quantization.value, "null with rollout.placement=disaggregated")
+        if config.model.batch_invariant_mode:
+            _refuse("model.batch_invariant_mode", True, "false with rollout.placement=disaggregated")
+    elif num_ranks % rollout.tensor_model_parallel_size:
         key = "rollout.tensor_model_parallel_size"
         _refuse(key, rollout.tensor_model_parallel_size, f"a divisor of the {num_ranks} ranks")
     needed = longest_sequence(config)

@@ -16,7 +16,7 @@ Engines are cut from the same line of ranks, by a size of their own: with engine
 
 from dataclasses import dataclass
 
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, EnginePlacement
 from megatron_rl.config.validate import data_parallel_size
 
 
@@ -39,6 +39,8 @@ class Layout:
     data_parallel_size: int
     engine_size: int = 1
     """Consecutive ranks that share one engine; divides world_size."""
+    remote_engines: int | None = None
+    """Engines in processes of their own, of engine_size each; rank N drives number N. None: colocated."""
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
@@ -63,6 +65,8 @@ class Layout:
     @property
     def num_engines(self) -> int:
         """Number of engines."""
+        if self.remote_engines is not None:
+            return self.remote_engines
         return self.world_size // self.engine_size
 
     def coordinates(self, rank: int) -> Coordinates:
@@ -78,14 +82,18 @@ class Layout:
         outer = (at.pipeline * self.data_parallel_size + at.data) * self.context_parallel_size + at.context
         return outer * self.tensor_model_parallel_size + at.tensor
 
-    def engine(self, rank: int) -> int:
-        """Number of the engine, in [0, num_engines), that a rank is part of."""
+    def engine(self, rank: int) -> int | None:
+        """Number of the engine, in [0, num_engines), that a rank is part of or drives; None: of none."""
         assert 0 <= rank < self.world_size
+        if self.remote_engines is not None:
+            return rank if rank < self.remote_engines else None
         return rank // self.engine_size
 
     def engine_ranks(self, engine: int) -> range:
-        """Ranks of an engine, in the order of vLLM's tensor-parallel ranks."""
+        """Training ranks of an engine, in the order of vLLM's tensor-parallel ranks, or the one that drives it."""
         assert 0 <= engine < self.num_engines
+        if self.remote_engines is not None:
+            return range(engine, engine + 1)
         return range(engine * self.engine_size, (engine + 1) * self.engine_size)
 
 
@@ -99,11 +107,13 @@ def layout_of(config: Config, world_size: int | None = None) -> Layout:
     Raises:
         ConfigError: the sizes do not make up the world.
     """
+    disaggregated = config.rollout.placement is EnginePlacement.disaggregated
     return Layout(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         data_parallel_size=data_parallel_size(config.parallel, world_size),
         engine_size=config.rollout.tensor_model_parallel_size,
+        remote_engines=config.rollout.num_engines if disaggregated else None,
         context_parallel_size=config.parallel.context_parallel_size,
         expert_model_parallel_size=config.parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,

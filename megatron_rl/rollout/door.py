@@ -6,6 +6,7 @@ answer anyone. This middleware stands before all of them. Imported inside the se
 
 import hmac
 import os
+import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -47,4 +48,4 @@ def _end_with_parent(parent: int) -> None:
     """A trainer that was killed cannot end its server."""
     while os.getppid() == parent:
         time.sleep(0.5)
-    os._exit(1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # the server leads a group of its own, with its workers in it

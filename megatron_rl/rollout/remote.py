@@ -11,13 +11,14 @@ computed anew; `wait` finishes them first; `abort` ends them. A completion bears
 """
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.data.samples import Completion, Prompt
+from megatron_rl.device import HAS_CUDA
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
 from megatron_rl.rollout.server import EngineLost, EngineServer
 from megatron_rl.weights.exchange import Orders
@@ -25,6 +26,24 @@ from megatron_rl.weights.exchange import Orders
 _START_SECONDS = 600.0
 _CONTROL_SECONDS = 60.0
 _HEALTH_SECONDS = 10.0
+
+
+class NoEngine:
+    """What a rank has that drives none. `folder`: see `RemoteEngine`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def generate(self, prompts: Sequence[Prompt], **_: Any) -> list[list[Completion]]:
+        """No completions, of no prompts."""
+        assert not prompts
+        return []
+
+    def sleep(self) -> None:
+        """Nothing."""
+
+    def wake_up(self) -> None:
+        """Nothing."""
 
 
 class RemoteEngine:
@@ -36,9 +55,9 @@ class RemoteEngine:
         model_path: str | Path,
         arguments: Sequence[str],
         folder: Path,
-        name: str,
         decode: Callable[[Sequence[int]], str],
         max_model_len: int,
+        log: Path,
         update_mode: str = "keep",
         generate_timeout_seconds: float = 3600.0,
     ) -> None:
@@ -48,24 +67,21 @@ class RemoteEngine:
             model_path: folder of a Hugging Face checkpoint; its weights are version 0.
             arguments: of vLLM's server: sizes, dtype, parallelism.
             folder: where weights pass through, shared with the trained ranks.
-            name: of this engine, for its files.
             decode: token ids to text.
             max_model_len: longest prompt + completion, tokens.
+            log: file for the server's output.
             update_mode: 'keep', 'wait' or 'abort'.
             generate_timeout_seconds: limit of one request.
         """
         self.max_model_len, self.weight_version = max_model_len, 0
         self._model_path, self._arguments = str(model_path), list(arguments)
-        self._folder, self._name, self._decode = folder, name, decode
+        self.folder, self._log, self._decode = folder, log, decode
         self._update_mode, self._generate_timeout = update_mode, generate_timeout_seconds
         self.server = self._start()
 
     def _start(self) -> EngineServer:
-        decided = ["--worker-extension-cls", "--logprobs-mode"]
-        assert not any(argument in decided for argument in self._arguments)
         fixed = ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--max-model-len"]
-        log = self._folder / f"{self._name}.log"
-        server = EngineServer(self._model_path, [*fixed, str(self.max_model_len), *self._arguments], log=log)
+        server = EngineServer(self._model_path, [*fixed, str(self.max_model_len), *self._arguments], log=self._log)
         try:
             server.ready(_START_SECONDS)
         except EngineLost:
@@ -90,7 +106,7 @@ class RemoteEngine:
     def write_orders(self, orders: dict[int, Orders]) -> None:
         """Put down what each rank of the engine, by its number in the plan, does in a synchronisation."""
         for rank, of_rank in orders.items():
-            (self._folder / f"orders_{rank}.json").write_text(of_rank.to_json())
+            (self.folder / f"orders_{rank}.json").write_text(of_rank.to_json())
         self._first_rank = min(orders)
 
     def load(self, messages: Path, *, version: int, verify: str, timeout_seconds: float) -> None:
@@ -105,7 +121,7 @@ class RemoteEngine:
             "verify": verify,
             "timeout_seconds": timeout_seconds,
             "folder": str(messages),
-            "orders": str(self._folder / "orders_{rank}.json"),
+            "orders": str(self.folder / "orders_{rank}.json"),
             "first_rank": self._first_rank,
         }
         answer = self.server.post(
@@ -174,13 +190,14 @@ class RemoteEngine:
         (choice,) = answer["choices"]
         if choice["finish_reason"] not in ("stop", "length"):
             raise EngineLost(f"prompt {prompt.prompt_id}: the engine ended a completion: {choice['finish_reason']!r}")
-        versions = [span["version"] for span in choice["weight_versions"] or []]
+        # "default" until the first synchronisation.
+        versions = [int(v) if (v := span["version"]).isdecimal() else 0 for span in choice["weight_versions"] or []]
         return Completion(
             token_ids=tuple(choice["token_ids"]),
             log_probs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
             text=self._decode(choice["token_ids"]),
             finish_reason=choice["finish_reason"],
-            weight_version=min((int(v) for v in versions if v.isdecimal()), default=0),
+            weight_version=min(versions, default=self.weight_version),
         )
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -203,4 +220,26 @@ class RemoteEngine:
     def shutdown(self) -> None:
         """End the server."""
         self.server.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def server_arguments(rollout: RolloutConfig, *, dtype: str, seed: int) -> list[str]:
+    """Arguments of vLLM's server for a configuration."""
+    chosen: dict[str, Any] = {
+        "dtype": dtype,
+        "tensor_parallel_size": rollout.tensor_model_parallel_size,
+        "max_num_seqs": rollout.max_num_seqs,
+        "seed": seed,
+        "enforce_eager": rollout.enforce_eager,
+    }
+    if HAS_CUDA:
+        chosen["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+    else:
+        chosen |= {"kv_cache_memory_bytes": int(rollout.kv_cache_gigabytes * 1e9), "block_size": 32}
+    arguments: list[str] = []
+    for name, value in (chosen | rollout.engine_args).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments += [flag] if value else ["--no-" + flag[2:]]
+        else:
+            arguments += [flag, json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    return arguments

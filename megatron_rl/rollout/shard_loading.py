@@ -29,6 +29,9 @@ from megatron_rl.weights.checksum import add, checksum
 from megatron_rl.weights.exchange import EngineShard, OnFilled, TransferError
 from megatron_rl.weights.shard_plan import Slice
 
+_NEVER_ON_META = ("bias", "e_score_correction_bias")
+"""Parameters that vLLM's layerwise reload leaves where they are."""
+
 
 @dataclass
 class _Layer:
@@ -128,7 +131,7 @@ class ShardLoader:
     def _locate(self) -> None:
         """Find each target's layer, and compare shapes. Parameters that vLLM shares between layers count once."""
         modules = dict(self._model.named_modules())
-        left = {name for name, _ in self._model.named_parameters() if not _is_derived(modules, name)}
+        left = _parameters(modules)
         rows: Counter[str] = Counter()
         for name, shape in self._shard.shapes.items():
             full, _, number = name.partition("[")
@@ -161,11 +164,22 @@ def _shape(module: nn.Module | None, parameter: str) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
-def _is_derived(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether vLLM made a parameter from others after loading."""
-    module_name, _, parameter = name.rpartition(".")
-    in_checkpoint = get_layerwise_info(modules[module_name]).restore_metadata[0]
-    return parameter not in in_checkpoint and parameter not in ("bias", "e_score_correction_bias")
+def _parameters(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Names of what a checkpoint brings: shared parameters once, and not those that vLLM makes from others.
+
+    Of a layer that an earlier, failed loading has left on the meta device, the kept tensors tell what is shared.
+    """
+    seen: set[int] = set()
+    names: set[str] = set()
+    for module_name, module in modules.items():
+        info = get_layerwise_info(module)
+        kept = info.kernel_tensors[0] if info.kernel_tensors is not None else module._parameters
+        for name, parameter in kept.items():
+            in_checkpoint = name in info.restore_metadata[0] or name in _NEVER_ON_META
+            if parameter is not None and in_checkpoint and id(parameter) not in seen:
+                seen.add(id(parameter))
+                names.add(f"{module_name}.{name}")
+    return names
 
 
 def load_shards(

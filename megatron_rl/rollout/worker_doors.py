@@ -8,9 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megatron_rl.rollout.shard_loading import load_shards
 from megatron_rl.weights.exchange import Exchange, Loader, Orders, TransferError, verified
 from megatron_rl.weights.folder import FolderTransport
+
+_mapped: dict[str, Tensor] = {}
+"""The worker's memory of messages, kept between synchronisations."""
 
 
 class WeightDoors:
@@ -28,7 +33,7 @@ class WeightDoors:
         """
         told = json.loads(request)
         rank = told["first_rank"] + self.rank  # type: ignore[attr-defined]
-        transport = FolderTransport(Path(told["folder"]), rank, timeout_seconds=told["timeout_seconds"])
+        transport = FolderTransport(Path(told["folder"]), rank, timeout_seconds=told["timeout_seconds"], mapped=_mapped)
         orders = _orders(told["orders"].format(rank=rank))
 
         def feed(loader: Loader) -> None:

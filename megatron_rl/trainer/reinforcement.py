@@ -28,7 +28,7 @@ from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.objectives import PolicyGradientObjective, ValueObjective
 from megatron_rl.trainer.policy_losses import resolve_policy_loss
 from megatron_rl.trainer.rollout_log import write_rollouts
-from megatron_rl.trainer.rollouts import RolloutWorker, build_engine, draw_seeds, training_sampling
+from megatron_rl.trainer.rollouts import RolloutWorker, draw_seeds, place_engine, training_sampling
 from megatron_rl.trainer.sample_report import sample_metrics, sample_records
 from megatron_rl.trainer.sync import WeightSync
 from megatron_rl.trainer.tokenizer import load_tokenizer
@@ -82,14 +82,8 @@ class Reinforcement:
         self.kl = KLPenalty(config.algorithm.kl, self.training.reference, self.training.state)
         self.learned_reward = LearnedReward(config, groups, tokenizer) if config.rewards.model.hf_path else None
         self.sampling = training_sampling(rollout.sampling)
-        engine = build_engine(
-            rollout,
-            model_path=config.model.hf_path,
-            dtype=config.model.params_dtype.value,
-            max_model_len=rollout.max_model_len or limit + rollout.sampling.max_response_tokens,
-            seed=config.seed,
-            batch_invariant=config.model.batch_invariant_mode,
-        )
+        longest = rollout.max_model_len or limit + rollout.sampling.max_response_tokens
+        engine = place_engine(config, layout, groups, max_model_len=longest)
         self.worker = RolloutWorker(engine, rewards, layout, groups, config=config.rewards)
         self._sync = WeightSync(self.training, engine, layout, self.prompts)
         self.training.after_rollback = self.sync_weights

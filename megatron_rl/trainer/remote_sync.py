@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_rl.config.schema import SyncConfig
 from megatron_rl.engine.policy import Policy
-from megatron_rl.rollout.remote import RemoteEngine
+from megatron_rl.rollout.remote import NoEngine, RemoteEngine
 from megatron_rl.rollout.server import EngineLost
 from megatron_rl.weights.exchange import Exchange, Orders, TransferError, verified
 from megatron_rl.weights.folder import FolderTransport
@@ -33,8 +34,8 @@ class RemoteSync:
         engines: EngineRanks,
         config: SyncConfig,
         *,
-        engine: RemoteEngine | None,
-        number: int,
+        engine: RemoteEngine | NoEngine,
+        number: int | None,
         folder: Path,
     ) -> None:
         """Args:
@@ -42,16 +43,18 @@ class RemoteSync:
         plan: from its ranks to the engines'.
         engines: the ranks of the engines in the plan.
         config: limits and verification.
-        engine: that this rank drives; None: it only sends.
+        engine: that this rank drives, if it does; else it only sends.
         number: of that engine.
         folder: that all ranks and engines share; of this run alone.
         """
         self.policy, self.config, self.engine, self.folder = policy, config, engine, folder
         self._rank = policy.groups.world.rank()
         self._orders = Orders.of(plan, self._rank, {})
-        if engine is not None:
+        if isinstance(engine, RemoteEngine):
+            assert number is not None
             ranks = engines.engine_ranks(number)
             engine.write_orders({rank: Orders.of(plan, rank, engines.expert_rows(rank)) for rank in ranks})
+        self._mapped: dict[str, Tensor] = {}
         self.sent_bytes = sum(
             piece.num_bytes for b in self._orders.buckets for pieces in b.outgoing.values() for piece in pieces
         )
@@ -76,7 +79,8 @@ class RemoteSync:
         if self._rank == 0:
             messages.mkdir(parents=True)
         dist.barrier(group=self.policy.groups.world)
-        transport = FolderTransport(messages, self._rank, timeout_seconds=self.config.timeout_seconds)
+        limit = self.config.timeout_seconds
+        transport = FolderTransport(messages, self._rank, timeout_seconds=limit, mapped=self._mapped)
         failure: str | None = None
         with ThreadPoolExecutor(max_workers=1) as pool:
             loading = pool.submit(self._load, transport, version)
@@ -94,7 +98,7 @@ class RemoteSync:
         return sorted({said for said in everyone if said is not None})
 
     def _load(self, transport: FolderTransport, version: int) -> str | None:
-        if self.engine is None:
+        if isinstance(self.engine, NoEngine):
             return None
         config = self.config
         try:
@@ -107,7 +111,7 @@ class RemoteSync:
         return None
 
     def _revive(self) -> None:
-        if self.engine is not None and not self.engine.answers():
+        if isinstance(self.engine, RemoteEngine) and not self.engine.answers():
             started = time.monotonic()
             self.engine.restart()
             print(f"megatron-rl: an engine had died; started again in {time.monotonic() - started:.0f} s", flush=True)

@@ -4,21 +4,30 @@ The k-th prompt drawn by a run is completed with seeds that depend on (run seed,
 neither the number of engines nor on which of them made what, and a resumed run makes the same ones.
 """
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
-from megatron_rl.config.schema import RewardsConfig, RolloutConfig, SamplingConfig
+from megatron_rl.config.schema import Config, EnginePlacement, RewardsConfig, RolloutConfig, SamplingConfig
 from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import BoundReward, RewardError
 from megatron_rl.rewards.scoring import score
-from megatron_rl.rollout.engine import RolloutEngine, Sampling
+from megatron_rl.rollout.engine import RolloutEngine
+from megatron_rl.rollout.remote import NoEngine, RemoteEngine, server_arguments
+from megatron_rl.rollout.sampling import Sampling
 from megatron_rl.trainer.progress import Progress
+from megatron_rl.trainer.tokenizer import load_tokenizer
+
+Engine = RolloutEngine | RemoteEngine | NoEngine
 
 
 def training_sampling(config: SamplingConfig) -> Sampling:
@@ -51,12 +60,53 @@ def build_engine(
     )
 
 
+def place_engine(config: Config, layout: Layout, groups: Groups, *, max_model_len: int) -> Engine:
+    """This rank's engine, its part of one, or its hold on one in other processes; collective over the world."""
+    if config.rollout.placement is EnginePlacement.disaggregated:
+        return start_server(config, layout, groups, max_model_len=max_model_len)
+    return build_engine(
+        config.rollout,
+        model_path=config.model.hf_path,
+        dtype=config.model.params_dtype.value,
+        max_model_len=max_model_len,
+        seed=config.seed,
+        batch_invariant=config.model.batch_invariant_mode,
+    )
+
+
 def build_pool(config: RewardsConfig) -> RewardPool | None:
     """Processes for the user's own reward functions, if they are to have any."""
     if not config.num_workers:
         return None
     memory = int(config.memory_gigabytes * 2**30)
     return RewardPool(num_workers=config.num_workers, timeout_s=config.timeout_seconds, memory_bytes=memory)
+
+
+def start_server(config: Config, layout: Layout, groups: Groups, *, max_model_len: int) -> RemoteEngine | NoEngine:
+    """The engine in processes of its own that this rank drives, if it does; collective over the world."""
+    place: list[str | None] = [None]
+    if groups.world.rank() == 0:
+        parent = config.sync.folder or ("/dev/shm" if Path("/dev/shm").is_dir() else None)
+        made = tempfile.mkdtemp(prefix="megatron_rl_", dir=parent)
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        place[0] = made
+    dist.broadcast_object_list(place, src=0, group=groups.world)
+    number = layout.engine(groups.world.rank())
+    if number is None:
+        return NoEngine(Path(str(place[0])))
+    tokenizer = load_tokenizer(config.model.hf_path)
+    rollout, run = config.rollout, Path(config.output_dir) / config.name
+    engine = RemoteEngine(
+        model_path=config.model.hf_path,
+        arguments=server_arguments(rollout, dtype=config.model.params_dtype.value, seed=config.seed),
+        folder=Path(str(place[0])),
+        log=run / "logs" / f"engine_{number}.log",
+        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
+        max_model_len=max_model_len,
+        update_mode=rollout.in_flight.name,
+    )
+    atexit.register(engine.shutdown)
+    return engine
 
 
 def draw_seeds(run_seed: int, position: int, count: int) -> list[int]:
@@ -80,13 +130,14 @@ class RolloutWorker:
         self._pool = build_pool(config)
         self._lost_value = config.lost_value
         rank = dist.get_rank()
-        self._engine_number, self._num_engines = layout.engine(rank), layout.num_engines
-        self._leads_engine = rank == layout.engine_ranks(self._engine_number)[0]
+        number = layout.engine(rank)
+        self._engine_number, self._num_engines = number, layout.num_engines
+        self._leads_engine = number is not None and rank == layout.engine_ranks(number)[0]
         self._world = groups.world
 
     def mine(self, count: int) -> range:
         """Which of `count` prompts this rank's engine completes."""
-        return range(self._engine_number, count, self._num_engines)
+        return range(0) if self._engine_number is None else range(self._engine_number, count, self._num_engines)
 
     def generate(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, num_samples: int, progress: Progress

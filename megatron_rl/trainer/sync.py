@@ -7,6 +7,7 @@ before vLLM prepares it for its kernels, see every bit; log-probs of probe promp
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_log_probs
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rollout.engine import RolloutEngine
+from megatron_rl.rollout.remote import NoEngine, RemoteEngine
+from megatron_rl.trainer.remote_sync import RemoteSync
+from megatron_rl.trainer.rollouts import Engine
 from megatron_rl.trainer.training import Training
 from megatron_rl.weights.engine_table import engine_maps
 from megatron_rl.weights.exchange import Exchange, Loader, OnFilled, Orders, verified
@@ -37,9 +41,9 @@ class SyncMismatchError(RuntimeError):
 
 
 class WeightSync:
-    """Sends the policy to this rank's engine."""
+    """Sends the policy to this rank's engine, or to those in other processes."""
 
-    def __init__(self, training: Training, engine: RolloutEngine, layout: Layout, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, training: Training, engine: Engine, layout: Layout, prompts: Sequence[Prompt]) -> None:
         """Plan the copies; collective. `prompts`: the first few serve as probes of `sync.verify`."""
         self.training, self.engine = training, engine
         self.config: SyncConfig = training.config.sync
@@ -47,18 +51,25 @@ class WeightSync:
         probes = [prompt.token_ids for prompt in prompts[:NUM_PROBES]]
         self.probes = [ids if len(ids) > 1 else ids * 2 for ids in probes]
         self._bucket_bytes = int(self.config.bucket_megabytes * 2**20)
+        self._remote: RemoteSync | None = None
         policy = training.policy
         if training.config.rollout.quantization is not None:
             return  # vLLM's own loader places quantised tensors, which it wants whole
         trained = trained_ranks(policy)
+        rank, remote = policy.groups.world.rank(), layout.remote_engines is not None
         engines = EngineRanks(
             num_engines=layout.num_engines,
             tensor=layout.engine_size,
             stage_of_layer=(0,) * len(trained.stage_of_layer),
+            first_rank=trained.world_size if remote else 0,
             num_experts=max((tensor_map.num_experts for tensor_map in policy.maps), default=0),
         )
         plan = plan_sync(policy, trained, engines, bucket_bytes=self._bucket_bytes)
-        rank = policy.groups.world.rank()
+        if isinstance(engine, RemoteEngine | NoEngine):
+            self._remote = RemoteSync(
+                policy, plan, engines, self.config, engine=engine, number=layout.engine(rank), folder=engine.folder
+            )
+            return
         timeout = timedelta(seconds=self.config.timeout_seconds)
         transport = ProcessGroupTransport(policy.groups.world, timeout=timeout, device=this_device())
         self._orders = Orders.of(plan, rank, engines.expert_rows(rank))
@@ -72,7 +83,10 @@ class WeightSync:
             SyncMismatchError: sync.verify found other log-probs in the engine than in the policy.
         """
         start = time.perf_counter()
-        if (format := self.training.config.rollout.quantization) is not None:
+        if self._remote is not None:
+            self._remote(version)
+            num_bytes = self._remote.sent_bytes
+        elif (format := self.training.config.rollout.quantization) is not None:
             num_bytes = self._send_quantized(format, version)
         else:
             num_bytes = self._send_shards(version, on_filled)
@@ -88,7 +102,7 @@ class WeightSync:
             held = {name: held_value(parameter, policy.dtype) for name, parameter in policy.parameters.items()}
             self._exchange.run(held, loader, version=version, verify=verify)
 
-        self.engine.load_shards(self._orders.shard, feed, version=version, on_filled=on_filled)
+        cast(RolloutEngine, self.engine).load_shards(self._orders.shard, feed, version=version, on_filled=on_filled)
         return self._orders.received_bytes
 
     def _send_quantized(self, format: QuantizedFormat, version: int) -> int:
@@ -101,7 +115,7 @@ class WeightSync:
                 num_bytes += tensor.numel() * tensor.element_size()
                 yield name, tensor
 
-        self.engine.load_weights(counted(), version=version)
+        cast(RolloutEngine, self.engine).load_weights(counted(), version=version)
         return num_bytes
 
     def _probe(self, version: int) -> None:
@@ -111,6 +125,8 @@ class WeightSync:
         # The same row on every data-parallel rank: each verifies its own engine.
         row = pack(sequences, range(len(sequences)), pad_to_multiple=self.training.pad_to_multiple)
         ((log_probs, _),) = forward_log_probs(self.training.policy, [row])
+        if isinstance(self.engine, NoEngine):
+            return
         of_engine = self.engine.log_probs(self.probes)
         # Joined before the maximum is taken: torch's is nan if one is, Python's depends on the order.
         ours = torch.cat(unpack(log_probs, row))

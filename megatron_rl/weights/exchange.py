@@ -20,8 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_rl.weights.boxes import Block
 from megatron_rl.weights.checksum import byte_sum, checksum
-from megatron_rl.weights.shard_plan import Block, ShardPlan, Slice
+from megatron_rl.weights.shard_plan import ShardPlan, Slice
 
 _ALIGNMENT = 8
 _SAMPLED_OF = 16
@@ -68,6 +69,10 @@ class Pending(Protocol):
 
     def arrived(self, sender: int) -> Tensor:
         """The message of a sender, [num_bytes] uint8; waits. Raises TransferError after the transport's time limit."""
+        ...
+
+    def loaded(self, sender: int) -> None:
+        """The message of a sender is used no more; its memory may be written again."""
         ...
 
     def sent(self) -> None:
@@ -188,6 +193,7 @@ class Exchange:
                 for sender, pieces in bucket.incoming.items():
                     message = current.arrived(sender)
                     self._unpack(message, pieces, loader, f"from rank {sender}, bucket {index}", version, verify)
+                    current.loaded(sender)
                 loader.end_bucket()
             current.sent()
 

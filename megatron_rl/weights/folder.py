@@ -1,10 +1,11 @@
 """Messages of an exchange through files: shared memory where the folder is in /dev/shm, a file system otherwise.
 
-    sender    maps <name>.partial, fills it in place, renames it to <name>
-    receiver  waits for <name>, maps it, removes it: on Linux the mapping outlives the name
+    <folder>/slot<0|1>.<sender>.<receiver>   memory of a message, mapped by both and used again for every second bucket
+    <folder>/<round>/<bucket>.<sender>.<receiver>   is there once the slot's message is complete, gone once it is loaded
 
-A sender waits until its message is gone before it makes the next but one, so that two buckets exist at most. A file
-`failed` ends every wait with the words that it holds: a peer has given up, and nobody waits out the time limit.
+Fresh memory costs more than what is copied into it, so slots stay. A sender waits until its message is gone before it
+makes the next but one: two buckets exist at most. A file `failed` in the round's folder ends every wait with the words
+that it holds: a peer has given up, and nobody waits out the time limit.
 """
 
 import time
@@ -16,25 +17,50 @@ from torch import Tensor
 
 from megatron_rl.weights.exchange import Pending, TransferError
 
-_POLL_SECONDS = 0.0005
+_POLL_SECONDS = 0.0002
 _FAILED = "failed"
 
 
 class FolderTransport:
-    """Messages between ranks that share a folder, which is of one synchronisation alone."""
+    """Messages between ranks that share a folder."""
 
-    def __init__(self, folder: Path, rank: int, *, timeout_seconds: float) -> None:
+    _mapped: dict[str, Tensor]
+
+    def __init__(
+        self, folder: Path, rank: int, *, timeout_seconds: float, mapped: dict[str, Tensor] | None = None
+    ) -> None:
+        """Args:
+        folder: of this round of a synchronisation alone; slots are in its parent.
+        rank: of this process in the plan.
+        timeout_seconds: limit of each wait.
+        mapped: this process' slots, kept by the caller from one round to the next.
+        """
         self.folder, self.rank, self.timeout_seconds = folder, rank, timeout_seconds
+        self._mapped = {} if mapped is None else mapped
 
     def allocate(self, bucket: int, receiver: int, num_bytes: int) -> Tensor:
-        """A mapped file."""
-        return _mapped(self._partial(bucket, receiver), num_bytes)
+        """A slot."""
+        return self._slot(bucket, self.rank, receiver, num_bytes)
 
     def post(self, bucket: int, outgoing: Mapping[int, Tensor], incoming: Mapping[int, int]) -> Pending:
         """Publish this rank's messages."""
-        for receiver in outgoing:
-            self._partial(bucket, receiver).rename(self._file(bucket, self.rank, receiver))
+        for receiver, message in outgoing.items():
+            file = self._file(bucket, self.rank, receiver)
+            partial = file.with_suffix(".partial")
+            partial.write_text(str(len(message)))
+            partial.rename(file)
         return _Published(self, bucket, list(outgoing), dict(incoming))
+
+    def message(self, bucket: int, sender: int, num_bytes: int) -> Tensor:
+        """Wait for a message to this rank.
+
+        Raises:
+            TransferError: it takes longer than the time limit, has another size, or a peer has failed.
+        """
+        sent = int(self.wait(bucket, sender, self.rank, exists=True).read_text())
+        if sent != num_bytes:
+            raise TransferError(f"weights from rank {sender}, bucket {bucket}: {sent} bytes, expected {num_bytes}")
+        return self._slot(bucket, sender, self.rank, num_bytes)
 
     def wait(self, bucket: int, sender: int, receiver: int, *, exists: bool) -> Path:
         """Wait until a message exists or is gone.
@@ -56,6 +82,8 @@ class FolderTransport:
 
     def fail(self, reason: str) -> None:
         """End the waits of all ranks."""
+        if not self.folder.exists():
+            return  # the round is over
         partial = self.folder / f".{_FAILED}.{self.rank}"
         partial.write_text(reason)
         partial.rename(self.folder / _FAILED)
@@ -70,8 +98,13 @@ class FolderTransport:
     def _file(self, bucket: int, sender: int, receiver: int) -> Path:
         return self.folder / f"{bucket}.{sender}.{receiver}"
 
-    def _partial(self, bucket: int, receiver: int) -> Path:
-        return self.folder / f"{bucket}.{self.rank}.{receiver}.partial"
+    def _slot(self, bucket: int, sender: int, receiver: int, num_bytes: int) -> Tensor:
+        path = str(self.folder.parent / f"slot{bucket % 2}.{sender}.{receiver}")
+        slot = self._mapped.get(path)
+        if slot is None or len(slot) < num_bytes:
+            # A larger mapping of the same file: it grows, and what both sides have mapped before stays what it is.
+            slot = self._mapped[path] = torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+        return slot[:num_bytes]
 
 
 class _Published:
@@ -80,18 +113,11 @@ class _Published:
         self._receivers, self._incoming = receivers, incoming
 
     def arrived(self, sender: int) -> Tensor:
-        file = self._transport.wait(self._bucket, sender, self._transport.rank, exists=True)
-        num_bytes, expected = file.stat().st_size, self._incoming[sender]
-        if num_bytes != expected:
-            raise TransferError(f"weights from rank {sender}, bucket {self._bucket}: {num_bytes} bytes, not {expected}")
-        message = _mapped(file, num_bytes)
-        file.unlink()
-        return message
+        return self._transport.message(self._bucket, sender, self._incoming[sender])
+
+    def loaded(self, sender: int) -> None:
+        self._transport.wait(self._bucket, sender, self._transport.rank, exists=True).unlink()
 
     def sent(self) -> None:
         for receiver in self._receivers:
             self._transport.wait(self._bucket, self._transport.rank, receiver, exists=False)
-
-
-def _mapped(file: Path, num_bytes: int) -> Tensor:
-    return torch.from_file(str(file), shared=True, size=num_bytes, dtype=torch.uint8)

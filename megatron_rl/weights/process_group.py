@@ -67,6 +67,9 @@ class _Posted:
         self._wait(self._receiving.pop(sender), f"from rank {sender}")
         return self._buffers.pop(sender)
 
+    def loaded(self, sender: int) -> None:
+        """Each message has memory of its own."""
+
     def sent(self) -> None:
         for receiver, work in self._sending.items():
             self._wait(work, f"to rank {receiver}")

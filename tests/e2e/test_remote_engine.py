@@ -5,8 +5,8 @@ One server serves all checks, because starting one takes most of the time. Rank 
 
 import http.client
 import os
+import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_rl.rollout.sampling import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_weight_sync import LOG_PROB_TOLERANCE, by_transformers, make_prompts
+from tests.e2e.runs import Run
 
 ARGUMENTS = "--dtype float32 --max-num-seqs 8 --enforce-eager --kv-cache-memory-bytes 20000000 --block-size 32"
 
@@ -27,7 +28,7 @@ def in_rank(rank: int, folders: list[Path], shared: Path, faults: bool) -> dict[
     import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
     from megatron_rl.engine.initialize import initialize
     from megatron_rl.engine.policy import Policy
-    from megatron_rl.rollout.remote import RemoteEngine
+    from megatron_rl.rollout.remote import NoEngine, RemoteEngine
     from megatron_rl.trainer.remote_sync import RemoteSync
     from megatron_rl.trainer.sync import plan_sync, trained_ranks
     from megatron_rl.weights.holders import EngineRanks
@@ -45,12 +46,12 @@ def in_rank(rank: int, folders: list[Path], shared: Path, faults: bool) -> dict[
             model_path=folders[0],
             arguments=ARGUMENTS.split(),
             folder=shared,
-            name="engine_0",
+            log=shared / "engine.log",
             decode=str,
             max_model_len=64,
         )
     config = SyncConfig(verify=SyncVerify.full, timeout_seconds=20)
-    sync = RemoteSync(policy, plan, engines, config, engine=engine, number=0, folder=shared)
+    sync = RemoteSync(policy, plan, engines, config, engine=engine or NoEngine(shared), number=0, folder=shared)
     out: dict[str, Any] = {"states": []}
 
     def synced(folder: Path, version: int) -> None:
@@ -88,25 +89,20 @@ def refusal(engine: Any, path: str) -> int:
 
 
 def attack(engine: Any, how: Any) -> None:
-    """In the middle of the next synchronisation: when the first message has been taken."""
+    """In the middle of the next synchronisation: before the third bucket is sent, when the first has been loaded."""
     if engine is None:
         return
+    from megatron_rl.weights.folder import FolderTransport
 
-    def when_loading(original: Any = engine.load) -> Any:
-        def load(messages: Path, **arguments: Any) -> None:
-            engine.load = original
+    original = FolderTransport.post
 
-            def strike() -> None:
-                while not list(messages.glob("2.*")):
-                    time.sleep(0.001)
-                how(engine.server.process.pid)
+    def post(transport: FolderTransport, bucket: int, *messages: Any) -> Any:
+        if bucket == 2:
+            FolderTransport.post = original  # type: ignore[method-assign]
+            how(engine.server.process.pid)
+        return original(transport, bucket, *messages)
 
-            threading.Thread(target=strike).start()
-            original(messages, **arguments)
-
-        return load
-
-    engine.load = when_loading()
+    FolderTransport.post = post  # type: ignore[method-assign]
 
 
 def flip_a_bit_of_the_next_message(engine: Any) -> None:
@@ -116,9 +112,9 @@ def flip_a_bit_of_the_next_message(engine: Any) -> None:
 
     def load(messages: Path, **arguments: Any) -> None:
         engine.load = original
-        while not (files := [file for file in messages.glob("1.0.*") if file.suffix != ".partial"]):
+        while not (messages / "1.0.2").exists():
             time.sleep(0.0005)
-        with files[0].open("r+b") as stream:
+        with (messages.parent / "slot1.0.2").open("r+b") as stream:
             stream.seek(100)
             byte = stream.read(1)[0]
             stream.seek(100)
@@ -135,7 +131,7 @@ def check(tmp_path: Path, *, faults: bool) -> list[int]:
     try:
         driver, _ = run_ranks(in_rank, 2, folders, shared, faults, timeout_s=400)
     finally:
-        assert not shared.exists()
+        shutil.rmtree(shared)
     assert driver["refusals"] == [401, 401, 401]
     for folder, version, completions, log_probs in driver["states"]:
         expected = by_transformers(Path(folder))
@@ -149,3 +145,15 @@ def check(tmp_path: Path, *, faults: bool) -> list[int]:
 @pytest.mark.slow
 def test_a_remote_engine_follows_the_policy_through_death_freeze_and_damage(tmp_path: Path) -> None:
     assert check(tmp_path, faults=True) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_a_run_with_an_engine_of_its_own(tmp_path: Path) -> None:
+    """Two ranks, one of which drives the server; every step's log-probs and parameters are verified."""
+    run = Run(tmp_path, rollout={"placement": "disaggregated", "num_engines": 1}).succeed()
+    trained = [row for row in run.rows if "sync/version" in row]
+    assert [row["sync/version"] for row in trained] == [row["step"] for row in trained]
+    assert len(trained) > 2
+    assert all(row["staleness/max"] == 0 for row in trained)
+    # As between a colocated engine and the policy: both round differently.
+    assert all(row["mismatch/log_prob_abs_diff_max"] < 1e-4 for row in trained)
