@@ -119,7 +119,7 @@ class RolloutWorker:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: Engine,
         rewards: Sequence[BoundReward],
         layout: Layout,
         groups: Groups,
