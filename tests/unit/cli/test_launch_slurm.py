@@ -49,7 +49,8 @@ def test_a_dry_run_checks_all_and_shows_the_command(
     # Three nodes cannot hold ranks of tensor parallel 2.
     assert main([*launch, "--nodes", "3"]) == 2
     assert "parallel: given tensor_model_parallel_size 2" in capsys.readouterr().err
-    assert main([*launch[:-1], "--nodes", "2", "--dry-run", "slurm.script=none.sbatch"]) == 2
+    missing = ["slurm.script=none.sbatch", "slurm.ntasks_per_node=1"]
+    assert main(["launch", "slurm", "run.yaml", *missing, "--nodes", "2", "--dry-run"]) == 2
     assert "slurm.script: given 'none.sbatch', allowed: an existing file" in capsys.readouterr().err
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "x" * 40, "answer": "1"}) + "\n")
     assert main([*launch, "--nodes", "2"]) == 2
