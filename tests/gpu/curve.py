@@ -33,6 +33,7 @@ NUM_STEPS = 20
 def curve(checkpoint: Path, groups: Any, dtype: Dtype, adam: AdamImplementation, **model: Any) -> list[float]:
     """Losses of `NUM_STEPS` steps, each on all sequences."""
     policy = build(checkpoint, groups, dtype, **model)
+    # Updates above the steps of bfloat16 at the size of the weights, about 5e-4: smaller ones would be rounded away.
     optimizer = Optimizer(OptimizerConfig(lr=1e-3, implementation=adam), policy, num_steps=NUM_STEPS)
     sequences = recorded_rollouts()
     batch = MiniBatch.of(sequences, range(len(sequences)), groups, micro_batch_tokens=256, pad_to_multiple=1)

@@ -47,7 +47,7 @@ def test_bfloat16_follows_float32(
 ) -> None:
     found = curve(checkpoint, groups, Dtype.bfloat16, adam, layer_spec=layers)
     # Losses are means over some hundred tokens of log-probs with bfloat16's relative error of 2^-8; so are the updates.
-    assert found == pytest.approx(expected, rel=0.03)
+    assert found == pytest.approx(expected, rel=0.03, abs=0.02)
 
 
 @needs("transformer_engine")
@@ -55,4 +55,4 @@ def test_bfloat16_follows_float32(
 def test_fp8_learns(fp8_param: bool, checkpoint: Path, groups: Any, expected: list[float]) -> None:
     adam = AdamImplementation.transformer_engine
     found = curve(checkpoint, groups, Dtype.bfloat16, adam, fp8=Fp8Format.hybrid, fp8_param=fp8_param)
-    assert found == pytest.approx(expected, rel=0.2)  # 4 bits of mantissa instead of 8
+    assert found == pytest.approx(expected, rel=0.2, abs=0.1)  # 4 bits of mantissa instead of 8
