@@ -91,7 +91,7 @@ def replay(rank: int, checkpoint: Path, layout: dict[str, Any]) -> tuple[int, in
     return sum(len(one) for one in recorded), differ, moved
 
 
-@pytest.mark.parametrize("layout", ["one", "cp2", "pp2"])
+@pytest.mark.parametrize("layout", ["cp2", pytest.param("pp2", marks=pytest.mark.slow)])
 def test_routes_are_replayed(checkpoint: Path, layout: str) -> None:
     num_ranks, parallel = LAYOUTS[layout]
     for choices, differ, moved in run_ranks(replay, num_ranks, checkpoint, parallel):

@@ -58,9 +58,9 @@ def check(root: Path, family: str, num_ranks: int, cases: list[Case], timeout_s:
         ("qwen3", 1, 1),
         ("qwen3", 2, 1),
         ("qwen3", 4, 3),
-        ("qwen3_untied", 2, 3),
+        pytest.param("qwen3_untied", 2, 3, marks=pytest.mark.slow),
         ("qwen3_moe", 2, 1),
-        ("qwen3_moe", 4, 9),
+        pytest.param("qwen3_moe", 4, 9, marks=pytest.mark.slow),
         ("deepseek_v3", 2, 3),
     ],
 )
