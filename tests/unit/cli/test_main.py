@@ -40,15 +40,15 @@ def test_argparse_errors_have_code_2(arguments: list[str]) -> None:
 
 
 def test_convert_hands_on_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Path]] = []
+    calls: list[dict[str, object]] = []
     module = ModuleType("megatron_rl.checkpoint.convert")  # stands in, since the real one imports Megatron
     module.hf_to_megatron = module.megatron_to_hf = lambda **arguments: calls.append(arguments)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "megatron_rl.checkpoint.convert", module)
     assert main(["convert", "hf-to-megatron", "--hf-path", "a", "--output", "b"]) == 0
-    assert main(["convert", "megatron-to-hf", "--checkpoint", "c", "--hf-path", "a", "--output", "d"]) == 0
+    assert main(["convert", "megatron-to-hf", "--checkpoint", "c", "--hf-path", "a", "--output", "d", "--verify"]) == 0
     assert calls == [
-        {"hf_path": Path("a"), "output": Path("b")},
-        {"checkpoint": Path("c"), "hf_path": Path("a"), "output": Path("d")},
+        {"hf_path": Path("a"), "output": Path("b"), "verify": False},
+        {"checkpoint": Path("c"), "hf_path": Path("a"), "output": Path("d"), "verify": True},
     ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.models.tensor_map import gate_up
 from megatron_rl.weights.fp8_parameters import fillable, held_value
-from megatron_rl.weights.hf_files import HFCheckpointReader
+from megatron_rl.weights.hf_reader import HFCheckpointReader
 
 
 class CodesAndScale(torch.Tensor):
