@@ -35,6 +35,7 @@ def sample_groups(config: Config, num_prompts: int) -> list[list[Sample]]:
         dtype=config.model.params_dtype.value,
         max_model_len=limit + sampling.max_response_tokens,
         seed=config.seed,
+        batch_invariant=False,
     )
     rewards = resolve_rewards(config.rewards)
     completions = engine.generate(

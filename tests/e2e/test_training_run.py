@@ -31,7 +31,8 @@ EVERY_STEP = {
     *("staleness/mean", "staleness/max"),
 }
 EVALUATION = {
-    f"eval/heldout/{name}" for name in ("accuracy", "reward_mean", "response_length_mean", "truncated_fraction")
+    *(f"eval/heldout/{name}" for name in ("accuracy", "reward_mean", "response_length_mean", "truncated_fraction")),
+    *("eval/heldout/reward/run_rewards:digits", "eval/heldout/reward/exact_match"),
 }
 
 
