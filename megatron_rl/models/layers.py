@@ -4,13 +4,14 @@ The portable ones are core's local layers with our norm, attention and a few lin
 sequence parallelism, packing, latent attention and experts with biases.
 """
 
+import functools
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_rl.models.attention import PortableAttention
@@ -20,6 +21,18 @@ from megatron_rl.models.portable_linear import ExpertRowParallelLinear, Replicat
 
 _NORMS = ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm", "kv_layernorm")
 _DOWN_PROJECTIONS = ("linear_q_down_proj", "linear_kv_down_proj")
+
+
+class _SpecifiedLatentAttention(MLASelfAttention):
+    """Latent attention of the layers that its spec names.
+
+    From 0.19 on core chooses them itself, and without a latent of the queries it cannot but fuse a norm of Transformer
+    Engine's into their projection, also where the model has a norm of keys and values alone.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
 
 
 def decoder_layers(
@@ -33,6 +46,8 @@ def decoder_layers(
         _complete_local_layers()
         for layer in block.layer_specs:
             _make_portable(layer.submodules)
+            if config.multi_latent_attention:
+                layer.submodules.self_attention.module = _SpecifiedLatentAttention
         block.layer_norm = PortableNorm
     return block
 
@@ -47,8 +62,14 @@ def _make_portable(layer: Any) -> None:
     for name in _DOWN_PROJECTIONS:
         if hasattr(attention, name):
             setattr(attention, name, ReplicatedLinear)
-    if layer.mlp.module is MoELayer:
-        layer.mlp.submodules.experts.submodules.linear_fc2 = ExpertRowParallelLinear
+    experts = getattr(_submodules(layer.mlp), "experts", None)
+    if experts is not None:
+        _submodules(experts).linear_fc2 = ExpertRowParallelLinear
+
+
+def _submodules(part: Any) -> Any:
+    """Of a part's spec; later cores describe some parts by a partial function in its place."""
+    return part.keywords["submodules"] if isinstance(part, functools.partial) else part.submodules
 
 
 def _complete_local_layers() -> None:
