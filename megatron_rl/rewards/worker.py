@@ -26,6 +26,9 @@ def main() -> None:
     """Serve calls until the parent closes the pipe or dies."""
     with contextlib.suppress(OSError):  # not Linux: the closed pipe ends it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Slurm tells every process of a job to stop, not the ranks alone. A step that is being finished needs its rewards.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     limit = int(sys.argv[1])

@@ -1,5 +1,6 @@
 """A verifier that hangs, eats memory or crashes costs its sample, and leaves nothing behind."""
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,14 @@ def test_a_mistake_in_a_function_is_told_as_it_is_here(pool: RewardPool, text: s
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     assert "sample train.jsonl:5" in messages[0]
+
+
+def test_a_signal_to_the_whole_job_costs_no_sample(pool: RewardPool) -> None:
+    score_with(pool, "a", "b")
+    for worker in pool._idle:
+        worker.process.send_signal(signal.SIGUSR1)
+        worker.process.send_signal(signal.SIGTERM)
+    assert not any(sample.lost for sample in score_with(pool, "a", "b"))
 
 
 def test_workers_are_used_again(pool: RewardPool) -> None:
