@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read by torch and transformers when they are imported, which is later: notices that no user can act on.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return int(arguments.run(arguments))
     except UserError as error:
@@ -47,6 +47,18 @@ def _told(code: int) -> int:
         with contextlib.suppress(OSError):
             Path(os.environ["MEGATRON_RL_ATTEMPT_LOGS"], "exit_code").write_text(f"{code}\n")
     return code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; `key=value` may stand before and after options, which argparse alone refuses."""
+    parser = _parser()
+    arguments, left = parser.parse_known_args(argv)
+    unknown = left if not hasattr(arguments, "overrides") else [word for word in left if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if left:
+        arguments.overrides += left
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

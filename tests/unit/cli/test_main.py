@@ -52,6 +52,20 @@ def test_convert_hands_on_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
+def test_overrides_stand_before_and_after_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr("megatron_rl.cli.train.run", lambda arguments: seen.append(arguments.overrides) or 0)
+    assert main(["train", "run.yaml", "a=1", "--dry-run", "b=2"]) == 0
+    assert seen == [["a=1", "b=2"]]
+    for wrong in (["train", "run.yaml", "--dry", "--nodes", "2"], ["report", "folder", "a=1"]):
+        with pytest.raises(SystemExit) as raised:
+            main(wrong)
+        assert raised.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_doctor_says_what_is_there_and_what_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
