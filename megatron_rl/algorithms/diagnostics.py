@@ -30,24 +30,24 @@ class ConvergenceMonitor:
         self.losses: deque[float] = deque(maxlen=window)
         self.changes: deque[float] = deque(maxlen=window)
 
-    def add(self, policy_loss: float, policy_change: float) -> dict[str, float]:
-        """Take in one step.
+    def add(self, policy_loss: float, policy_change: float | None) -> dict[str, float]:
+        """Take in one step; None for a change that could not be seen.
 
         Returns:
-            convergence/loss_variance, convergence/policy_change: over the window so far; and convergence/converged: 1
-            when the window is full and both are below their limits.
+            convergence/loss_variance, and convergence/policy_change if any was seen: over the window so far; and
+            convergence/converged: 1 when the window is full, of both, and both are below their limits.
         """
         self.losses.append(policy_loss)
-        self.changes.append(policy_change)
+        if policy_change is not None:
+            self.changes.append(policy_change)
         mean = sum(self.losses) / len(self.losses)
         variance = sum((loss - mean) ** 2 for loss in self.losses) / len(self.losses)
-        change = sum(self.changes) / len(self.changes)
-        full = len(self.losses) == self.losses.maxlen
-        return {
-            "convergence/loss_variance": variance,
-            "convergence/policy_change": change,
-            "convergence/converged": float(full and variance < self.limits[0] and change < self.limits[1]),
-        }
+        found = {"convergence/loss_variance": variance, "convergence/converged": 0.0}
+        if self.changes:
+            change = found["convergence/policy_change"] = sum(self.changes) / len(self.changes)
+            full = len(self.losses) == len(self.changes) == self.losses.maxlen
+            found["convergence/converged"] = float(full and variance < self.limits[0] and change < self.limits[1])
+        return found
 
     def state(self) -> dict[str, list[float]]:
         """For the checkpoint."""

@@ -1,7 +1,5 @@
 """The convergence monitor of a run, in metrics; its window outlives a restart."""
 
-import math
-
 from megatron_rl.algorithms.diagnostics import ConvergenceMonitor
 from megatron_rl.config.schema import ConvergenceConfig
 from megatron_rl.trainer.training import RunState
@@ -22,7 +20,6 @@ def convergence_metrics(metrics: dict[str, float], config: ConvergenceConfig, st
     )
     if KEY in state.adaptive:
         monitor.load(state.adaptive[KEY])
-    change = metrics["policy/change_mean"] or math.nan
-    found = monitor.add(metrics["policy/loss"], change)
+    found = monitor.add(metrics["policy/loss"], metrics["policy/change_mean"] or None)
     state.adaptive[KEY] = monitor.state()
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    return found

@@ -29,6 +29,10 @@ EVERY_STEP = {
     *("timing_s/step", "throughput/tokens", "throughput/tokens_per_second", "throughput/tokens_per_second_per_gpu"),
     *("sync/version", "sync/bytes", "sync/seconds", "data/packing_efficiency", "data/imbalance"),
     *("staleness/mean", "staleness/max"),
+    *(f"importance/{name}" for name in ("ratio_mean", "ratio_min", "ratio_max", "effective_sample_size")),
+    *("importance/above_fraction", "importance/below_fraction", "policy/change_mean", "policy/change_max"),
+    *("policy/loss_policy", "policy/loss_kl", "policy/loss_entropy", "policy/kl_coefficient"),
+    *("convergence/loss_variance", "convergence/converged"),
 }
 EVALUATION = {
     *(f"eval/heldout/{name}" for name in ("accuracy", "reward_mean", "response_length_mean", "truncated_fraction")),

@@ -28,6 +28,15 @@ def test_converged_is_a_stable_loss_and_a_policy_at_rest_over_a_full_window() ->
     )
 
 
+def test_a_change_that_could_not_be_seen_proves_no_rest() -> None:
+    monitor = ConvergenceMonitor(window=2, loss_variance=0.1, policy_change=0.01)
+    for _ in range(3):
+        assert monitor.add(1.0, None) == {"convergence/loss_variance": 0.0, "convergence/converged": 0.0}
+    monitor.add(1.0, 0.004)
+    assert monitor.add(1.0, 0.002)["convergence/policy_change"] == pytest.approx(0.003)
+    assert monitor.state() == {"losses": [1.0, 1.0], "changes": [0.004, 0.002]}
+
+
 def test_the_monitor_goes_on_from_its_state() -> None:
     first = ConvergenceMonitor(window=3, loss_variance=0.1, policy_change=0.01)
     for loss in (5.0, 1.0, 2.0, 3.0):

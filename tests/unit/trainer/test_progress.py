@@ -1,6 +1,7 @@
 import io
 import os
 import pty
+import select
 import termios
 
 import pytest
@@ -97,6 +98,14 @@ def test_lines_can_be_printed_between():
     assert file.getvalue() == "resumed from step 3\n"
 
 
+def shown(reader: int) -> str:
+    """What has been written to the terminal; the kernel hands it on a little later than it was written."""
+    text = b""
+    while select.select([reader], [], [], 0.5)[0]:
+        text += os.read(reader, 1 << 16)
+    return text.decode()
+
+
 @pytest.fixture
 def terminal():
     reader, writer = pty.openpty()
@@ -112,14 +121,14 @@ def test_on_a_terminal_it_is_a_bar_and_the_inner_one_vanishes(terminal):
         with progress.nested(8, "generate") as inner:
             inner.update(8)
         file.flush()
-        text = os.read(reader, 1 << 16).decode()
+        text = shown(reader)
         assert "generate" in text
         # The speed ends the bar's line; what comes after it overwrites the line with spaces.
         assert " " * 40 in text.rpartition("it/s]")[2]
         progress.update(1, reward=0.25, loss=1.0)
         progress.update(1, reward=0.75)
     file.flush()
-    text = os.read(reader, 1 << 16).decode()
+    text = shown(reader)
     last = text.rstrip().splitlines()[-1].split("\r")[-1]
     assert "train: 100%" in last
     assert "4/4" in last
@@ -132,4 +141,4 @@ def test_a_terminal_of_unknown_width_gets_plain_lines(terminal):
     termios.tcsetwinsize(file, (0, 0))
     with Progress(1, "train", True, file=file) as progress:
         progress.update()
-    assert os.read(reader, 1 << 16).decode().startswith("train 1/1 (100%)")
+    assert shown(reader).startswith("train 1/1 (100%)")
