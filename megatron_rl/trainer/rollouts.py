@@ -8,13 +8,21 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
-from megatron_rl.config.schema import Config, EnginePlacement, RewardsConfig, RolloutConfig, SamplingConfig
+from megatron_rl.config.schema import (
+    Config,
+    EnginePlacement,
+    RewardModelKind,
+    RewardsConfig,
+    RolloutConfig,
+    SamplingConfig,
+)
 from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
@@ -23,6 +31,7 @@ from megatron_rl.rewards.registry import BoundReward, RewardError
 from megatron_rl.rewards.scoring import score
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.remote import NoEngine, RemoteEngine, server_arguments
+from megatron_rl.rollout.reward_server import RewardServer
 from megatron_rl.rollout.sampling import Sampling
 from megatron_rl.trainer.progress import Progress
 from megatron_rl.trainer.tokenizer import load_tokenizer
@@ -107,6 +116,27 @@ def start_server(config: Config, layout: Layout, groups: Groups, *, max_model_le
     )
     atexit.register(engine.shutdown)
     return engine
+
+
+def start_reward_server(config: Config) -> RewardServer:
+    """The server of the learned reward, which ends with this process.
+
+    Raises:
+        EngineLost: it did not start.
+    """
+    model, rollout = config.rewards.model, config.rollout
+    longest = rollout.max_model_len or config.data.max_prompt_tokens + rollout.sampling.max_response_tokens
+    # Further arguments of the policy's engine are not this one's.
+    plain = replace(rollout, engine_args={})
+    arguments = server_arguments(plain, dtype=config.model.params_dtype.value, seed=config.seed)
+    server = RewardServer(
+        str(model.hf_path),
+        [*arguments, "--max-model-len", str(longest)],
+        per_token=model.kind is RewardModelKind.process,
+        log=Path(config.output_dir) / config.name / "logs" / "reward_engine.log",
+    )
+    atexit.register(server.shutdown)
+    return server
 
 
 def draw_seeds(run_seed: int, position: int, count: int) -> list[int]:
