@@ -1,5 +1,6 @@
 """One update's loss and gradient of every objective, on recorded sequences, as a spawned rank computes them."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import numpy as np
 import torch
 
 import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
+from megatron_rl.algorithms.advantages import RunningBaseline
 from megatron_rl.config.schema import (
+    AdvantageConfig,
     Aggregation,
     AlgorithmConfig,
     CorrectionConfig,
@@ -23,9 +26,11 @@ from megatron_rl.config.schema import (
     PolicyLossConfig,
     PreferenceConfig,
     SupervisedConfig,
+    Whitening,
 )
+from megatron_rl.data.datasets import training_sequence
 from megatron_rl.data.preferences import Judged
-from megatron_rl.data.samples import TrainingSequence
+from megatron_rl.data.samples import Completion, Prompt, Sample, TrainingSequence
 from megatron_rl.engine.actor_critic import ActorCritic, Values
 from megatron_rl.engine.distributions import TeacherStates
 from megatron_rl.engine.head import Extra
@@ -34,6 +39,8 @@ from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.scalar_model import ScalarModel
 from megatron_rl.engine.step import LossFunction, forward_backward, forward_outputs
 from megatron_rl.parallel.reductions import reduce_metrics
+from megatron_rl.trainer.advantages import add_advantages, gathered_means
+from megatron_rl.trainer.estimators import ESTIMATORS, resolve_estimator
 from megatron_rl.trainer.kl_penalty import exact_kl_of
 from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective, ValueObjective
@@ -76,6 +83,7 @@ def _policy_gradients() -> dict[str, AlgorithmConfig]:
 PREFERENCES = {
     "dpo": PreferenceConfig(loss="dpo", label_smoothing=0.1, sft_coefficient=0.5),
     "ipo": PreferenceConfig(loss="ipo", beta=0.5, length_normalized=True),
+    "hinge": PreferenceConfig(loss="hinge", beta=0.1),
     "simpo": PreferenceConfig(loss="simpo", beta=2.0, args={"gamma": 0.5}),
     "orpo": PreferenceConfig(loss="orpo", args={"odds_coefficient": 0.1}),
     "kto": PreferenceConfig(loss="kto"),
@@ -126,6 +134,7 @@ def update_of_every_objective(
             *_of_scalar_model(scalar, tokens),
             *_of_distributions(policy, other, tokens),
             *_of_actor_critic(actor_critic, tokens),
+            *_of_estimators(policy, tokens),
         ]
     )
 
@@ -141,6 +150,10 @@ def _of_distributions(policy: Policy, teacher: Policy, tokens: int) -> Iterator[
         objective = SupervisedObjective(algorithm, batch.counts, NORM, resolve_supervised_loss(settings))
         extras = [exact_kl_of(kl, states, mean_log_probs=True)]
         yield f"smoothed_{direction.value}", _update(policy, batch, objective, extras)
+    for name, args in (("sft", {}), ("focal", {"gamma": 2.0})):
+        plain = AlgorithmConfig(supervised=SupervisedConfig(loss=name, args=args))
+        loss = resolve_supervised_loss(plain.supervised)
+        yield name, _update(policy, batch, SupervisedObjective(plain, batch.counts, NORM, loss))
     algorithm = AlgorithmConfig(kl=KLConfig(coefficient=KL_COEFFICIENT, estimator=KLEstimator.exact))
     yield "ppo_exact_kl", _update(policy, batch, _gradient(algorithm, batch), [exact_kl_of(algorithm.kl, states)])
 
@@ -158,6 +171,39 @@ def _of_actor_critic(model: ActorCritic, tokens: int) -> Iterator[tuple[str, dic
     critic = CriticConfig(shared=True, coefficient=SHARED_COEFFICIENT)
     algorithm = AlgorithmConfig(critic=critic)
     yield "actor_critic", _update(model, batch, _gradient(algorithm, batch), [Values()])
+
+
+def _of_estimators(policy: Policy, tokens: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Advantage of every completion, and its mean return, under every estimator, whitened over the global batch."""
+    samples = recorded_samples()
+    for name, whiten in itertools.product(ESTIMATORS, Whitening):
+        rows = _batch(policy, [training_sequence(sample) for sample in samples], tokens).rows
+        for row in rows:
+            row.per_token["values"] = (row.tokens % 7) / 7 + 0.1 * row.position_ids
+        config = AdvantageConfig(estimator=name, gamma=0.9, lam=0.8, whiten=whiten)
+        dp, baseline = policy.groups.dp, RunningBaseline(0.3, 1)
+        estimator = resolve_estimator(config)
+        found = add_advantages(samples, rows, config=config, estimator=estimator, baseline=baseline, dp=dp)
+        returns = gathered_means(rows, "returns", len(samples), dp)
+        both = {"advantage": found.tolist(), "return": returns.tolist()}
+        yield (
+            f"{name}_{whiten.value}",
+            {f"{what}_{i}": value for what, values in both.items() for i, value in enumerate(values)},
+        )
+
+
+def recorded_samples() -> list[Sample]:
+    """Completions of uneven length and groups of uneven size, one of them alone in its own; some with token rewards."""
+    rng = np.random.default_rng(13)
+    samples = []
+    for i, group in enumerate((0, 0, 0, 4, 4, 4, 4, 5, 6, 6)):
+        length = int(rng.integers(1, 9))
+        ids = tuple(rng.integers(3, 259, size=length).tolist())
+        prompt = Prompt(group, (7, 8, 9)[: 1 + group % 3], "p", None, "f:1")
+        completion = Completion(ids, (-1.0,) * length, "t", "stop", 0)
+        of_tokens = tuple(rng.normal(size=length).tolist())
+        samples.append(Sample(prompt, completion, float(sum(of_tokens)) + (i % 3), {}, of_tokens))
+    return samples
 
 
 def value_weights(hidden_size: int) -> torch.Tensor:
