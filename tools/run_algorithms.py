@@ -4,9 +4,9 @@
     python tools/run_algorithms.py --table             the table of all such runs in runs/
 
 It needs the quickstart's material, runs/arithmetic and runs/quickstart_sft, in the current folder; recipes on judged
-answers also runs/arithmetic_pairs (tools/make_pairs.py); a recipe that names another's run, as quickstart_ppo_learned does
-with quickstart_reward_model, that run.
-A policy that was trained on preferences or on targets is evaluated afterwards on the held-out problems of the others.
+answers also runs/arithmetic_pairs (tools/make_pairs.py); a recipe that names the run of another recipe, as that of
+quickstart_ppo_learned does, that run. A policy that was trained on preferences or on targets is evaluated afterwards on
+the held-out problems of the others.
 """
 
 import argparse
