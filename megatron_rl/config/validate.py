@@ -307,13 +307,13 @@ def _check_layout(config: Config, world_size: int | None) -> None:
 def _check_batches(config: Config, world_size: int | None) -> None:
     train, rollout, optimizer = config.train, config.rollout, config.optimizer
     num_updates = train.num_steps
+    check_algorithm(config)
     if config.recipe is Recipe.rl:
         num_engines = number_of_engines(config, _num_ranks(config, world_size))
         if rollout.num_prompts_per_step < num_engines:
             _refuse(
                 "rollout.num_prompts_per_step", rollout.num_prompts_per_step, f"at least {num_engines}, one per engine"
             )
-        check_algorithm(config)
         num_samples = rollout.num_prompts_per_step * rollout.num_samples_per_prompt
         batch_size = train.global_batch_size or num_samples
         if num_samples % batch_size:
@@ -329,6 +329,9 @@ def _check_batches(config: Config, world_size: int | None) -> None:
         _refuse(
             "optimizer.lr_warmup_steps", optimizer.lr_warmup_steps, f"less than the {decay_steps} steps of the schedule"
         )
+    decay_end = optimizer.end_weight_decay
+    if decay_end is not None and decay_end < optimizer.weight_decay:
+        _refuse("optimizer.end_weight_decay", decay_end, f"at least optimizer.weight_decay {optimizer.weight_decay}")
     if optimizer.min_lr > optimizer.lr:
         _refuse("optimizer.min_lr", optimizer.min_lr, f"at most optimizer.lr {optimizer.lr}")
     algorithm = config.algorithm

@@ -7,12 +7,14 @@ to the embedding, that is the embedding's weight, or the last pipeline stage's c
 The weight's gradient goes straight into `main_grad`, the float32 buffer that core's DistributedDataParallel reduces.
 Autograd is told of no gradient then; where the weight is not an embedding too, whose gradient autograd brings, a
 stand-in without memory tells DistributedDataParallel's hook that the parameter is done.
+
+What some algorithms want besides (values of a critic, divergences from a teacher) is an `Extra` of a pass.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -33,8 +35,34 @@ class TokenLoss:
     """[2, P] float32: log-probs and entropy, without gradient."""
 
 
+class Extra(Protocol):
+    """What a pass computes from the last hidden states besides log-probs and entropy."""
+
+    names: tuple[str, ...]
+    """Of its outputs, by which the objective finds them in `row.per_token`."""
+    trains_output_weight: bool
+    """Whether autograd brings the output layer's weight a gradient from it."""
+
+    def __call__(self, head: "LogProbHead", hidden: Tensor, labels: Tensor, number: int) -> Tensor:
+        """Outputs of P tokens.
+
+        Args:
+            head: the model's, on its last stage.
+            hidden: [P, H], or this rank's [P/tp, H] under sequence parallelism.
+            labels: [P] int64.
+            number: of the row, the same in every pass over it.
+
+        Returns:
+            [len(names), P] float32.
+        """
+        ...
+
+
 class LogProbHead:
-    """Runs a model's last stage and gives log-probs and entropy; `temperature` is set before each pass."""
+    """Runs a model's last stage and gives log-probs and entropy; `temperature` and `extras` are set before a pass."""
+
+    names = ("log_probs", "entropy")
+    """Of the outputs that objectives get as arguments."""
 
     def __init__(self, gpt: GPTModel, groups: Groups, vocab_size: int) -> None:
         """Args:
@@ -46,6 +74,7 @@ class LogProbHead:
         self.groups = groups
         self.vocab_size = vocab_size
         self.temperature = 1.0
+        self.extras: Sequence[Extra] = ()
 
     @property
     def weight(self) -> Any:
@@ -55,18 +84,24 @@ class LogProbHead:
             return gpt.shared_embedding_or_output_weight()
         return gpt.output_layer.weight
 
+    @property
+    def softmax_temperature(self) -> float:
+        """What the products of hidden states and weight are divided by."""
+        return self.temperature / _logit_scale(self.gpt)
+
     def __call__(
-        self, forward: Callable[[], Tensor], labels: Tensor, token_losses: TokenLosses | None
+        self, forward: Callable[[], Tensor], labels: Tensor, token_losses: TokenLosses | None, number: int
     ) -> Tensor | TokenLoss:
         """Run the last stage on P tokens.
 
         Args:
             forward: runs the model.
             labels: [P] int64.
-            token_losses: the loss, if it is to be differentiated in this forward pass.
+            token_losses: the loss, if it is to be differentiated in this forward pass; not with extras.
+            number: of the row.
 
         Returns:
-            [2, P] float32, nats: log-probs and entropy; with token_losses the loss.
+            [2 or more, P] float32: log-probs and entropy, nats, and what the extras give; with token_losses the loss.
         """
         with self._hidden_states():
             hidden = forward().squeeze(1)
@@ -76,18 +111,20 @@ class LogProbHead:
         arguments: Any = dict(
             group=self.groups.tp,
             vocab_size=self.vocab_size,
-            temperature=self.temperature / _logit_scale(self.gpt),
+            temperature=self.softmax_temperature,
             sequence_parallel=self.gpt.config.sequence_parallel,
             main_grad=main_grad,
         )
-        if trains and token_losses is not None:
+        if trains and token_losses is not None and not self.extras:
             loss, *outputs = fused_linear_token_loss(hidden, weight, labels, token_losses, **arguments)
             self._announce(loss, main_grad)
             return TokenLoss(loss, torch.stack(outputs))
         log_probs, entropy = fused_linear_log_probs(hidden, weight, labels, **arguments)
         assert entropy is not None
-        self._announce(log_probs, main_grad)
-        return torch.stack([log_probs, entropy])
+        if not any(extra.trains_output_weight for extra in self.extras):
+            self._announce(log_probs, main_grad)
+        outputs = [extra(self, hidden, labels, number) for extra in self.extras]
+        return torch.cat([torch.stack([log_probs, entropy]), *outputs])
 
     @contextmanager
     def _hidden_states(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ each takes the gradient of its own tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from megatron_rl.algorithms.metrics import Metric, combine
 from megatron_rl.data.packing import PackedRow
 from megatron_rl.device import this_device
-from megatron_rl.engine.head import TokenLoss
+from megatron_rl.engine.head import Extra, TokenLoss
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.routing import scale_auxiliary_losses
 from megatron_rl.engine.row_part import RowPart, parts_of_rows
@@ -29,7 +30,8 @@ NON_FINITE_LOSSES = "optim/non_finite_losses"
 """Metric: rows whose loss was nan or infinite."""
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
-"""(log_probs [T], entropy [T], row) -> (loss, metrics) for a policy; (values [T], row) for a scalar model.
+"""(log_probs [T], entropy [T], row) -> (loss, metrics) for a policy; (values [T], row) for a scalar model. What the
+extras of the pass gave is in `row.per_token`, with its gradient.
 
 An objective may have a method `token_losses(row)`. It returns the row's loss token by token, a function of log-probs
 [n], entropy [n] and the indices of these tokens in the row, whose values [n] add up to the loss; or None, if the loss
@@ -59,7 +61,7 @@ def _forward_step(parts: Iterator[RowPart], model: Any, *, policy: Policy, loss_
         packed_seq_params=part.packed_seq_params,
     )
     if getattr(model, "module", model).post_process:
-        output = policy.head(forward, part.labels, _token_losses(loss_fn, part))
+        output = policy.head(forward, part.labels, _token_losses(loss_fn, part), part.number)
     else:
         output = forward()
     policy.routing.after(chunk, part.number)
@@ -70,14 +72,20 @@ def _forward_step(parts: Iterator[RowPart], model: Any, *, policy: Policy, loss_
         if non_loss_data:
             return whole
         assert loss_fn is not None
+        arguments, further = whole[: len(policy.head.names)], whole[len(policy.head.names) :]
+        row = replace(part.row, per_token=part.row.per_token | dict(zip(_extra_names(policy), further, strict=True)))
         with torch.set_grad_enabled(not isinstance(output, TokenLoss)):
-            value, metrics = loss_fn(*whole, part.row)
+            value, metrics = loss_fn(*arguments, row)
         # A token that is not finite has gradient 0 in some objectives, so the loss itself must be looked at.
         metrics = metrics | {NON_FINITE_LOSSES: Metric("sum", float(not torch.isfinite(value.detach())))}
         # A count of 0 tokens: core adds the counts up and divides by none.
         return output.loss if isinstance(output, TokenLoss) else value, torch.tensor(0, dtype=torch.int32), metrics
 
     return output, loss
+
+
+def _extra_names(policy: Policy) -> list[str]:
+    return [name for extra in policy.head.extras for name in extra.names]
 
 
 def _finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
@@ -105,7 +113,12 @@ def _run(policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction | None
 
 
 def forward_backward(
-    policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction, *, temperature: float = 1.0
+    policy: Policy,
+    rows: Sequence[PackedRow],
+    loss_fn: LossFunction,
+    *,
+    temperature: float = 1.0,
+    extras: Sequence[Extra] = (),
 ) -> dict[str, Metric]:
     """Accumulate the gradients of sum over rows and ranks of `loss_fn`, reduced over all ranks.
 
@@ -114,11 +127,12 @@ def forward_backward(
             virtual pipeline stages a multiple of the number of stages.
         loss_fn: see LossFunction; called on the last pipeline stage.
         temperature: divides the logits.
+        extras: what else `loss_fn` wants.
 
     Returns:
         The rows' metrics combined, on ranks with `groups.reports`; elsewhere {}.
     """
-    policy.head.temperature = temperature
+    policy.head.temperature, policy.head.extras = temperature, extras
     metrics: dict[str, Metric] = {}
     for of_row in _run(policy, rows, loss_fn, forward_only=False):
         metrics = combine(metrics, of_row)
@@ -134,8 +148,8 @@ def forward_log_probs(
     Returns:
         For each row (log_probs [T], entropy [T]), float32, nats, on the CPU, on every rank of the replica.
     """
-    policy.head.temperature = temperature
-    return [(log_probs, entropy) for log_probs, entropy in _forward(policy, rows, num_outputs=2)]
+    outputs = forward_outputs(policy, rows, temperature=temperature)
+    return [(of_row["log_probs"], of_row["entropy"]) for of_row in outputs]
 
 
 @torch.no_grad()
@@ -145,11 +159,21 @@ def forward_values(model: Policy, rows: Sequence[PackedRow]) -> list[Tensor]:
     Returns:
         For each row [T], float32, on the CPU, on every rank of the replica.
     """
-    return [values for (values,) in _forward(model, rows, num_outputs=1)]
+    return [of_row["values"] for of_row in forward_outputs(model, rows)]
 
 
-def _forward(policy: Policy, rows: Sequence[PackedRow], *, num_outputs: int) -> list[tuple[Tensor, ...]]:
-    """What the head gives for each row, `num_outputs` tensors [T], from the last stage to all."""
+@torch.no_grad()
+def forward_outputs(
+    policy: Policy, rows: Sequence[PackedRow], *, temperature: float = 1.0, extras: Sequence[Extra] = ()
+) -> list[dict[str, Tensor]]:
+    """What the head and the extras give for each row by name, without gradient.
+
+    Returns:
+        For each row tensors [T], float32, on the CPU, on every rank of the replica.
+    """
+    policy.head.temperature, policy.head.extras = temperature, extras
+    names = [*policy.head.names, *_extra_names(policy)]
+    num_outputs = len(names)
     outputs = _run(policy, rows, None, forward_only=True)
     groups = policy.groups
     if groups.pp.size() > 1:
@@ -159,4 +183,4 @@ def _forward(policy: Policy, rows: Sequence[PackedRow], *, num_outputs: int) -> 
             flat = torch.stack([torch.cat([o[i] for o in outputs]) for i in range(num_outputs)])
         dist.broadcast(flat, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
         outputs = list(zip(*(part.split(lengths) for part in flat), strict=True))
-    return [tuple(output.cpu() for output in of_row) for of_row in outputs]
+    return [{name: output.cpu() for name, output in zip(names, of_row, strict=True)} for of_row in outputs]

@@ -5,17 +5,30 @@ of a reference that is not fixed beside the policy's.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_rl.algorithms.kl import adaptive_kl_coefficient, kl_estimate
 from megatron_rl.algorithms.reward_shaping import kl_in_rewards
-from megatron_rl.config.schema import KLConfig, KLPlace, KLReference
+from megatron_rl.config.schema import KLConfig, KLEstimator, KLPlace, KLReference
 from megatron_rl.data.packing import PackedRow
+from megatron_rl.engine.distributions import Distributions, TeacherStates
+from megatron_rl.engine.head import Extra
 from megatron_rl.engine.reference import ReferenceWeights, Teacher
-from megatron_rl.engine.step import forward_log_probs
+from megatron_rl.engine.step import forward_outputs
 from megatron_rl.trainer.advantages import TOKEN_REWARDS
 from megatron_rl.trainer.training import RunState
 
 COEFFICIENT = "kl_coefficient"
+
+
+def exact_kl_of(config: KLConfig, teacher: TeacherStates | None, *, mean_log_probs: bool = False) -> Distributions:
+    """The configured divergence from a teacher, and the mean log-probs of label smoothing, as an extra of a pass."""
+    return Distributions(
+        teacher=teacher,
+        direction=config.direction.value,
+        mixture=config.mixture,
+        mean_log_probs=mean_log_probs,
+    )
 
 
 class KLPenalty:
@@ -23,6 +36,8 @@ class KLPenalty:
 
     def __init__(self, config: KLConfig, reference: ReferenceWeights | Teacher | None, state: RunState) -> None:
         self.config, self.reference, self.state = config, reference, state
+        self.extras: list[Extra] = []
+        """What the exact KL of the step's rows needs of the passes over them."""
 
     @property
     def coefficient(self) -> float:
@@ -35,22 +50,24 @@ class KLPenalty:
         return self.reference is not None and self.config.place is KLPlace.reward
 
     def add_log_probs(self, rows: Sequence[PackedRow], *, temperature: float) -> None:
-        """Give the rows `ref_log_probs`."""
+        """Give the rows `ref_log_probs`; for an exact KL, keep what the reference's distributions are made of."""
         if self.reference is None:
             return
+        is_exact = self.config.estimator is KLEstimator.exact
+        states = [TeacherStates()] if is_exact else []
         with self.reference.swapped_in() as reference:
-            outputs = forward_log_probs(reference, rows, temperature=temperature)
-        for row, (log_probs, _) in zip(rows, outputs, strict=True):
-            row.per_token["ref_log_probs"] = log_probs
+            outputs = forward_outputs(reference, rows, temperature=temperature, extras=states)
+        for row, of_row in zip(rows, outputs, strict=True):
+            row.per_token["ref_log_probs"] = of_row["log_probs"]
+        self.extras = [exact_kl_of(self.config, teacher) for teacher in states]
 
     def penalise(self, rows: Sequence[PackedRow]) -> None:
         """Take the penalty off the rewards of the rows' tokens."""
         if not self.in_reward:
             return
+        estimator: Any = self.config.estimator.value
         for row in rows:
-            kl = kl_estimate(
-                row.per_token["old_log_probs"], row.per_token["ref_log_probs"], self.config.estimator.value
-            )
+            kl = kl_estimate(row.per_token["old_log_probs"], row.per_token["ref_log_probs"], estimator)
             rewards = row.per_token.get(TOKEN_REWARDS, kl.new_zeros(kl.shape))
             row.per_token[TOKEN_REWARDS] = kl_in_rewards(rewards, kl, row.loss_mask, coefficient=self.coefficient)
 

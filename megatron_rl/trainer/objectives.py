@@ -4,8 +4,7 @@ Built once per optimizer step, when the counts of its global batch are known; th
 on preferences are in `pair_objectives`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -17,13 +16,13 @@ from megatron_rl.algorithms.importance import correction_weights, importance_met
 from megatron_rl.algorithms.kl import kl_estimate, weighted_kl_estimate
 from megatron_rl.algorithms.metrics import Metric, masked_mean
 from megatron_rl.algorithms.mismatch import mismatch_metrics
-from megatron_rl.algorithms.supervised_loss import sft_loss
 from megatron_rl.algorithms.value_loss import clipped_value_loss, value_loss, value_metrics
 from megatron_rl.config.functions import Bound
-from megatron_rl.config.schema import AlgorithmConfig, CorrectionMethod, KLPlace
-from megatron_rl.data.packing import PackedRow
+from megatron_rl.config.schema import AlgorithmConfig, CorrectionMethod, KLEstimator, KLPlace, SupervisedConfig
+from megatron_rl.data.packing import DIVERGENCE, MEAN_LOG_PROBS, NEW_VALUES, PackedRow
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses, Tokens
 from megatron_rl.trainer.policy_losses import TOKEN_LOSSES, loss_metrics
+from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
 
 Loss = tuple[Tensor, dict[str, Metric]]
 
@@ -55,28 +54,42 @@ class TokenObjective:
 
 @dataclass(frozen=True)
 class SupervisedObjective(TokenObjective):
-    """A loss of the log-probs of the response tokens: their negative log-likelihood, unless another is configured."""
+    """A loss of the log-probs of the response tokens, their negative log-likelihood unless another is configured; and
+    the divergence from a reference, on rows that have it."""
 
-    loss: Callable[..., Tensor] = sft_loss
+    loss: Bound = field(default_factory=lambda: resolve_supervised_loss(SupervisedConfig()))
     """Of `supervised_losses.resolve_supervised_loss`."""
 
     def token_losses(self, row: PackedRow) -> TokenLosses | None:
         """See engine.step.LossFunction."""
-        weights = self.weights(row)
-        return lambda log_probs, entropy, tokens: weighted(self.loss(log_probs=log_probs), weights[tokens])
+        if self.algorithm.kl.coefficient or "mean_log_probs" in self.loss.wants:
+            return None
+        weights = self.weights(row) * self.algorithm.supervised.coefficient
+        return lambda log_probs, entropy, tokens: weighted(
+            self.loss(log_probs=log_probs, mean_log_probs=None), weights[tokens]
+        )
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Loss:
         """See engine.step.LossFunction."""
-        loss = weighted_sum(self.loss(log_probs=log_probs), self.weights(row))
-        return loss, {
-            "sft/loss": self.loss_metric(loss, row),
-            "policy/entropy": masked_mean(entropy, row.loss_mask),
-        }
+        algorithm, mask = self.algorithm, row.loss_mask
+        losses = self.loss(log_probs=log_probs, mean_log_probs=row.per_token.get(MEAN_LOG_PROBS))
+        kl = row.per_token.get(DIVERGENCE)
+        loss, terms = combined_loss(
+            losses * algorithm.supervised.coefficient,
+            self.weights(row),
+            kl=None if kl is None else (kl, algorithm.kl.coefficient),
+        )
+        metrics = {"sft/loss": self.loss_metric(loss, row), "policy/entropy": masked_mean(entropy, mask)}
+        if kl is not None:
+            metrics["policy/kl_ref"] = masked_mean(kl, mask)
+            metrics["sft/loss_kl"] = self.loss_metric(terms["kl"], row)
+        return loss, metrics
 
 
 @dataclass(frozen=True)
 class PolicyGradientObjective(TokenObjective):
-    """The configured policy loss, corrected for the rollout, + KL penalty - entropy bonus."""
+    """The configured policy loss, corrected for the rollout, + KL penalty - entropy bonus; + the value loss of a critic
+    that is on the policy's backbone."""
 
     policy_loss: Bound
     """Of `policy_losses.resolve_policy_loss`."""
@@ -103,7 +116,7 @@ class PolicyGradientObjective(TokenObjective):
     def token_losses(self, row: PackedRow) -> TokenLosses | None:
         """See engine.step.LossFunction."""
         algorithm, weights, correction = self.algorithm, self.weights(row), None
-        if algorithm.policy_loss.name not in TOKEN_LOSSES:
+        if algorithm.policy_loss.name not in TOKEN_LOSSES or algorithm.critic.shared or self._is_exact:
             return None
         if algorithm.correction.method is not CorrectionMethod.metrics_only:
             if self.on_policy:
@@ -142,20 +155,34 @@ class PolicyGradientObjective(TokenObjective):
             **mismatch_metrics(old, per_token["rollout_log_probs"], mask),
         }
         kl = None
-        if "ref_log_probs" in per_token:
+        if DIVERGENCE in per_token:
+            kl = per_token[DIVERGENCE]
+        elif "ref_log_probs" in per_token:
             kl = self._kl(log_probs, old, per_token["ref_log_probs"])
+        if kl is not None:
             metrics["policy/kl_ref"] = masked_mean(kl, mask)
+        value_losses = None
+        if NEW_VALUES in per_token:
+            value_losses, of_values = _value_losses(per_token[NEW_VALUES], row, algorithm.critic.clip)
+            metrics |= of_values
         in_loss = kl is not None and algorithm.kl.place is KLPlace.loss
         loss, terms = combined_loss(
             losses,
             self.weights(row),
+            values=None if value_losses is None else (value_losses, algorithm.critic.coefficient),
             entropy=(entropy, algorithm.entropy_coefficient) if algorithm.entropy_coefficient else None,
             kl=(kl, self.kl_coefficient) if in_loss and kl is not None else None,
         )
         metrics["policy/loss"] = self.loss_metric(loss, row)
+        if value_losses is not None:
+            metrics["value/loss"] = self.loss_metric(terms["value"] / algorithm.critic.coefficient, row)
         if len(terms) > 1:
             metrics |= {f"policy/loss_{name}": self.loss_metric(term, row) for name, term in terms.items()}
         return loss, metrics
+
+    @property
+    def _is_exact(self) -> bool:
+        return bool(self.algorithm.kl.coefficient) and self.algorithm.kl.estimator is KLEstimator.exact
 
     def _kl(self, log_probs: Tensor, old: Tensor, reference: Tensor) -> Tensor:
         estimator: Any = self.algorithm.kl.estimator.value
@@ -185,8 +212,13 @@ class ValueObjective(TokenObjective):
 
     def __call__(self, values: Tensor, row: PackedRow) -> Loss:
         """See engine.step.LossFunction."""
-        returns, old, clip = row.per_token["returns"], row.per_token["values"], self.algorithm.critic.clip
-        losses = value_loss(values, returns) if clip is None else clipped_value_loss(values, old, returns, clip=clip)
+        losses, metrics = _value_losses(values, row, self.algorithm.critic.clip)
         loss = weighted_sum(losses, self.weights(row))
-        metrics = value_metrics(values.detach(), returns, row.loss_mask, old_values=old, clip=clip)
         return loss, {"value/loss": self.loss_metric(loss, row), **metrics}
+
+
+def _value_losses(values: Tensor, row: PackedRow, clip: float | None) -> tuple[Tensor, dict[str, Metric]]:
+    """[T], of a row with `returns` and the `values` before the step's first update; and what describes them."""
+    returns, old = row.per_token["returns"], row.per_token["values"]
+    losses = value_loss(values, returns) if clip is None else clipped_value_loss(values, old, returns, clip=clip)
+    return losses, value_metrics(values.detach(), returns, row.loss_mask, old_values=old, clip=clip)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
 from megatron_rl.config.schema import (
@@ -13,6 +14,7 @@ from megatron_rl.config.schema import (
     CorrectionLevel,
     CorrectionMethod,
     CriticConfig,
+    Divergence,
     Dtype,
     KLConfig,
     KLEstimator,
@@ -20,19 +22,25 @@ from megatron_rl.config.schema import (
     OptimizerConfig,
     PolicyLossConfig,
     PreferenceConfig,
+    SupervisedConfig,
 )
 from megatron_rl.data.preferences import Judged
 from megatron_rl.data.samples import TrainingSequence
+from megatron_rl.engine.actor_critic import ActorCritic, Values
+from megatron_rl.engine.distributions import TeacherStates
+from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.scalar_model import ScalarModel
-from megatron_rl.engine.step import LossFunction, forward_backward
+from megatron_rl.engine.step import LossFunction, forward_backward, forward_outputs
 from megatron_rl.parallel.reductions import reduce_metrics
+from megatron_rl.trainer.kl_penalty import exact_kl_of
 from megatron_rl.trainer.minibatch import MiniBatch
-from megatron_rl.trainer.objectives import PolicyGradientObjective, ValueObjective
+from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective, ValueObjective
 from megatron_rl.trainer.policy_losses import resolve_policy_loss
 from megatron_rl.trainer.preference_losses import POLICY_LOSSES, REWARD_LOSSES, resolve_preference_loss
 from megatron_rl.trainer.preference_objectives import PreferenceObjective, RewardObjective
+from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
 from tests.distributed.training_ranks import parallel_of, recorded_rollouts, start_policy
 
 Results = dict[str, dict[str, float]]
@@ -90,17 +98,78 @@ def recorded_judgements(num_pairs: int = 7) -> list[list[Judged]]:
     return pairs
 
 
-def update_of_every_objective(rank: int, checkpoint: Path, classifier: Path, layout: str, tokens: int) -> Results:
+SMOOTHING, SHARED_COEFFICIENT, KL_COEFFICIENT = 0.1, 0.7, 0.3
+"""Of the supervised losses, of a critic on the policy's backbone, of the exact KL."""
+
+
+def update_of_every_objective(
+    rank: int, checkpoint: Path, classifier: Path, teacher: Path, layout: str, tokens: int
+) -> Results:
     """Metrics and gradient norm of one update from the checkpoint's weights, by objective.
 
     Args:
-        checkpoint, classifier: of a policy, and of a critic and reward models.
+        checkpoint, classifier, teacher: of a policy, of a critic and reward models, and of another policy.
         tokens: micro_batch_tokens.
     """
     policy = start_policy(checkpoint, layout)
-    settings = ModelConfig(hf_path=str(classifier), params_dtype=Dtype.float32)
-    scalar = ScalarModel(settings, policy.groups, parallel_of(layout), per_token=True)
-    return dict([*_of_policy(policy, tokens), *_of_scalar_model(scalar, tokens)])
+    scalar, other, actor_critic = (
+        kind(ModelConfig(hf_path=str(path), params_dtype=Dtype.float32), policy.groups, parallel_of(layout), **settings)
+        for kind, path, settings in (
+            (ScalarModel, classifier, {"per_token": True}),
+            (Policy, teacher, {"trained": False}),
+            (ActorCritic, checkpoint, {}),
+        )
+    )
+    return dict(
+        [
+            *_of_policy(policy, tokens),
+            *_of_scalar_model(scalar, tokens),
+            *_of_distributions(policy, other, tokens),
+            *_of_actor_critic(actor_critic, tokens),
+        ]
+    )
+
+
+def _of_distributions(policy: Policy, teacher: Policy, tokens: int) -> Iterator[tuple[str, dict[str, float]]]:
+    batch = _batch(policy, recorded_rollouts(), tokens)
+    states = TeacherStates()
+    forward_outputs(teacher, batch.rows, extras=[states])
+    for direction in Divergence:
+        kl = KLConfig(coefficient=KL_COEFFICIENT, estimator=KLEstimator.exact, direction=direction, mixture=0.3)
+        settings = SupervisedConfig(loss="label_smoothed", args={"smoothing": SMOOTHING})
+        algorithm = AlgorithmConfig(kl=kl, supervised=settings)
+        objective = SupervisedObjective(algorithm, batch.counts, NORM, resolve_supervised_loss(settings))
+        extras = [exact_kl_of(kl, states, mean_log_probs=True)]
+        yield f"smoothed_{direction.value}", _update(policy, batch, objective, extras)
+    algorithm = AlgorithmConfig(kl=KLConfig(coefficient=KL_COEFFICIENT, estimator=KLEstimator.exact))
+    yield "ppo_exact_kl", _update(policy, batch, _gradient(algorithm, batch), [exact_kl_of(algorithm.kl, states)])
+
+
+def _of_actor_critic(model: ActorCritic, tokens: int) -> Iterator[tuple[str, dict[str, float]]]:
+    if model.groups.is_last_stage:
+        head = model.models[-1].value_head
+        with torch.no_grad():
+            head.weight.copy_(value_weights(head.weight.shape[1])[None])
+    rollouts = recorded_rollouts()
+    for sequence in rollouts:
+        sequence.per_token["returns"] = sequence.per_token["advantages"] * 3
+        sequence.per_token["values"] = sequence.per_token["advantages"] * 2
+    batch = _batch(model, rollouts, tokens)
+    critic = CriticConfig(shared=True, coefficient=SHARED_COEFFICIENT)
+    algorithm = AlgorithmConfig(critic=critic)
+    yield "actor_critic", _update(model, batch, _gradient(algorithm, batch), [Values()])
+
+
+def value_weights(hidden_size: int) -> torch.Tensor:
+    """[H] of a value head that has learned something."""
+    return torch.linspace(-0.5, 0.5, hidden_size)
+
+
+def _gradient(algorithm: AlgorithmConfig, batch: MiniBatch) -> PolicyGradientObjective:
+    loss = resolve_policy_loss(algorithm.policy_loss)
+    return PolicyGradientObjective(
+        algorithm, batch.counts, NORM, policy_loss=loss, on_policy=False, kl_coefficient=algorithm.kl.coefficient
+    )
 
 
 def _of_policy(policy: Policy, tokens: int) -> Iterator[tuple[str, dict[str, float]]]:
@@ -160,9 +229,9 @@ def _batch(model: Policy, sequences: Sequence[TrainingSequence], tokens: int, to
     )
 
 
-def _update(model: Policy, batch: MiniBatch, objective: LossFunction) -> dict[str, float]:
+def _update(model: Policy, batch: MiniBatch, objective: LossFunction, extras: Sequence[Extra] = ()) -> dict[str, float]:
     # lr 0: the next objective finds the same weights.
     optimizer = Optimizer(OptimizerConfig(lr=0.0), model, num_steps=1)
     optimizer.zero_grad()
-    metrics = forward_backward(model, batch.rows, objective)
+    metrics = forward_backward(model, batch.rows, objective, extras=extras)
     return reduce_metrics(metrics, model.groups.world) | {"grad_norm": optimizer.step().grad_norm}
