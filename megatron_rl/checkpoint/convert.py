@@ -37,6 +37,7 @@ from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.device import distributed_backend
 from megatron_rl.engine.initialize import finalize, initialize
 from megatron_rl.models.build import build_gpt_model, transformer_config
+from megatron_rl.models.families import check_family
 from megatron_rl.models.scalar_head import ScalarHead, backbone_config, is_per_token, is_scalar, tables
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
@@ -188,7 +189,9 @@ def _tell(line: str | None) -> None:
 
 def _read_config(hf_path: Path) -> dict[str, Any]:
     read_model_shape(hf_path, "--hf-path")  # says which size is missing
-    return read_json_object(hf_path / "config.json", "--hf-path")
+    hf = read_json_object(hf_path / "config.json", "--hf-path")
+    check_family(backbone_config(hf) if is_scalar(hf) else hf)
+    return hf
 
 
 def _refuse_occupied(output: Path) -> None:

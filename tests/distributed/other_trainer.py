@@ -49,7 +49,8 @@ def run(rank: int, output: Path, sizes: dict[str, int], experts: bool, metadata:
     gpt, optimizer = _build(sizes, experts)
     for _ in range(3):
         _step(gpt, optimizer)
-    model = gpt.module.sharded_state_dict(metadata=metadata or None)
+    metadata = {"distrib_optim_sharding_type": "dp_reshardable", **metadata}
+    model = gpt.module.sharded_state_dict(metadata=dict(metadata))
     if experts:
         _name_norms_as_transformer_engine(model)
     tp, pp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
@@ -60,7 +61,7 @@ def run(rank: int, output: Path, sizes: dict[str, int], experts: bool, metadata:
         "iteration": 3,
         "num_floating_point_operations_so_far": 12345,
         "model": model,
-        "optimizer": optimizer.sharded_state_dict(dict(model)),
+        "optimizer": optimizer.sharded_state_dict(dict(model), metadata=dict(metadata)),
         "opt_param_scheduler": {"max_lr": 1e-2, "num_steps": 3},
         "rng_state": rng if dist.get_rank() < sizes_of_tp() else {},
     }
