@@ -18,17 +18,25 @@ from megatron_rl.weights.hf_reader import HFCheckpointReader
 from megatron_rl.weights.local_shards import Place
 from megatron_rl.weights.safetensors_format import DTYPES, StoredTensor
 from megatron_rl.weights.sharded_export import ExportPlan, ShardWriter
+from megatron_rl.weights.stored_forms import FLOATS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def checkpoint_dtype(hf: dict[str, Any]) -> torch.dtype:
-    """Dtype that a config.json says its tensors have (transformers' default is float32).
+def checkpoint_dtype(hf: dict[str, Any], source: Path | None = None) -> torch.dtype:
+    """Dtype that a config.json says its tensors have, else that of the first of them, else float32.
+
+    Args:
+        hf: config.json.
+        source: its folder.
 
     Raises:
         UserError: another one than those of `_DTYPES`.
     """
-    name = str(hf.get("dtype") or hf.get("torch_dtype") or "float32")
+    name = hf.get("dtype") or hf.get("torch_dtype")
+    if name is None:
+        floats = [tensor for tensor in _stored(source).values() if tensor.dtype in FLOATS] if source else []
+        return DTYPES[floats[0].dtype] if floats else torch.float32
     if name not in _DTYPES:
         raise UserError(f"dtype '{name}' in config.json is not supported; allowed: {', '.join(_DTYPES)}")
     return _DTYPES[name]
@@ -41,7 +49,7 @@ def _stored(source: Path) -> dict[str, StoredTensor]:
 
 def written_dtypes(source: Path, hf: dict[str, Any]) -> Callable[[str], torch.dtype]:
     """Dtype of each written tensor: that of the source's tensor, or config.json's where that is none to train in."""
-    default = checkpoint_dtype(hf)
+    default = checkpoint_dtype(hf, source)
     stored = _stored(source)
 
     def dtype_of(name: str) -> torch.dtype:

@@ -378,9 +378,10 @@ class RolloutConfig:
     """Generation with vLLM."""
 
     placement: EnginePlacement = EnginePlacement.colocated
-    """Engines inside the training ranks, or vLLM servers in processes of their own, on this machine."""
+    """Engines inside the training ranks, or vLLM servers in processes of their own: on this machine, or in the last
+    tasks of a Slurm job, tensor_model_parallel_size of them for each."""
     num_engines: int = 1
-    """With placement disaggregated: engines, each started and driven by one of the first training ranks."""
+    """With placement disaggregated: engines, each driven by one of the first training ranks."""
     in_flight: InFlight = InFlight.keep
     """With placement disaggregated: requests that run while weights change go on with the new ones (keep), end first
     (wait), or are ended (abort)."""
@@ -419,7 +420,8 @@ class SyncConfig:
     bucket_megabytes: float = 256.0
     """Weights travel in buckets of at most this size (a single larger tensor travels alone)."""
     folder: str | None = None
-    """Folder through which disaggregated engines get their weights; null: this machine's shared memory."""
+    """Folder through which disaggregated engines get their weights; null: this machine's shared memory, or the run's
+    folder if a Slurm job has tasks for engines."""
     timeout_seconds: float = 300.0
     """Limit of any wait for a peer's weights."""
     verify: SyncVerify = SyncVerify.off
@@ -780,7 +782,7 @@ class SlurmConfig:
     nodes: int = 1
     """Nodes of the job."""
     ntasks_per_node: int = 8
-    """Ranks of a node: one per GPU, or per CPU slot."""
+    """Tasks of a node: one per GPU, or per CPU slot. Each is a training rank or, at the end, part of an engine."""
     gpus_per_node: int | None = None
     """GPUs of a node; null: the partition's default."""
     cpus_per_task: int | None = None

@@ -28,6 +28,8 @@ from megatron_rl.config.pipeline import layers_of_stages
 from megatron_rl.config.ranges import check_ranges
 from megatron_rl.config.schema import Aggregation, Config, EnginePlacement, LRDecayStyle, ParallelConfig, Recipe
 
+_BIASED_EXPERTS = ("GptOssForCausalLM",)
+"""Core adds an expert's bias on every rank that holds a part of the expert."""
 _DATA_FORMATS = ("jsonl", "parquet", "gsm8k")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -213,11 +215,28 @@ def _check_experts(config: Config, shape: ModelShape) -> None:
         for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
             if getattr(parallel, name) not in (None, 1):
                 _refuse(f"parallel.{name}", getattr(parallel, name), "1 for a model without experts")
-    elif shape.num_experts % parallel.expert_model_parallel_size:
+        return
+    _check_split_of_experts(parallel, shape)
+    if shape.num_experts % parallel.expert_model_parallel_size:
         key = "parallel.expert_model_parallel_size"
         _refuse(key, parallel.expert_model_parallel_size, f"a divisor of the model's {shape.num_experts} experts")
-    elif parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         _refuse("parallel.sequence_parallel", False, "true for a model with experts and tensor_model_parallel_size > 1")
+
+
+def _check_split_of_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
+    key, parts = "parallel.expert_tensor_parallel_size", parallel.expert_tensor_parallel_size
+    if parts is None:
+        parts = parallel.tensor_model_parallel_size
+    if parts > 1 and shape.architecture in _BIASED_EXPERTS:
+        _refuse(
+            key,
+            parts,
+            f"1 for {shape.architecture}, whose experts have biases; they are spread by "
+            "parallel.expert_model_parallel_size",
+        )
+    if shape.expert_intermediate_size % parts:
+        _refuse(key, parts, f"a divisor of the {shape.expert_intermediate_size} channels of an expert")
 
 
 def _check_heads(key: str, ranks: int, shape: ModelShape) -> None:

@@ -16,7 +16,7 @@ from megatron_rl.config.hf_checkpoint import read_json_object
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
 from megatron_rl.engine.head import Extra
 from megatron_rl.engine.policy import Policy
-from megatron_rl.models.scalar_head import ScalarHead, backbone_config, scalar_config, scalar_maps
+from megatron_rl.models.scalar_head import ScalarHead, backbone_config, is_scalar, scalar_config, scalar_maps
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.hf_reader import HFCheckpointReader
@@ -85,5 +85,4 @@ def _has(reader: HFCheckpointReader, names: Any) -> bool:
 
 def is_scalar_checkpoint(folder: Path) -> bool:
     """Whether a Hugging Face folder holds a classifier."""
-    architecture = (read_json_object(folder / "config.json", "hf_path").get("architectures") or [""])[0]
-    return architecture.endswith(("ForSequenceClassification", "ForTokenClassification"))
+    return is_scalar(read_json_object(folder / "config.json", "hf_path"))

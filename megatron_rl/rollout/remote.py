@@ -19,11 +19,12 @@ from typing import Any
 from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.data.samples import Completion, Prompt
 from megatron_rl.device import HAS_CUDA
+from megatron_rl.rollout.address import EngineLost
+from megatron_rl.rollout.hosting import HostedServer
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
-from megatron_rl.rollout.server import EngineLost, EngineServer
+from megatron_rl.rollout.server import EngineServer
 from megatron_rl.weights.exchange import Orders
 
-_START_SECONDS = 600.0
 _CONTROL_SECONDS = 60.0
 _HEALTH_SECONDS = 10.0
 
@@ -47,47 +48,29 @@ class NoEngine:
 
 
 class RemoteEngine:
-    """An engine's server and the rank's hold on it."""
+    """The rank's hold on an engine that has a server."""
 
     def __init__(
         self,
+        server: EngineServer | HostedServer,
         *,
-        model_path: str | Path,
-        arguments: Sequence[str],
         folder: Path,
         decode: Callable[[Sequence[int]], str],
         max_model_len: int,
-        log: Path,
         update_mode: str = "keep",
         generate_timeout_seconds: float = 3600.0,
     ) -> None:
-        """Start the server and wait until it answers.
-
-        Args:
-            model_path: folder of a Hugging Face checkpoint; its weights are version 0.
-            arguments: of vLLM's server: sizes, dtype, parallelism.
-            folder: where weights pass through, shared with the trained ranks.
-            decode: token ids to text.
-            max_model_len: longest prompt + completion, tokens.
-            log: file for the server's output.
-            update_mode: 'keep', 'wait' or 'abort'.
-            generate_timeout_seconds: limit of one request.
+        """Args:
+        server: answers; its model's weights are version 0.
+        folder: where weights pass through, shared with the trained ranks.
+        decode: token ids to text.
+        max_model_len: longest prompt + completion, tokens; as the server was told.
+        update_mode: 'keep', 'wait' or 'abort'.
+        generate_timeout_seconds: limit of one request.
         """
+        self.server, self.folder, self._decode = server, folder, decode
         self.max_model_len, self.weight_version = max_model_len, 0
-        self._model_path, self._arguments = str(model_path), list(arguments)
-        self.folder, self._log, self._decode = folder, log, decode
         self._update_mode, self._generate_timeout = update_mode, generate_timeout_seconds
-        self.server = self._start()
-
-    def _start(self) -> EngineServer:
-        fixed = ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--max-model-len"]
-        server = EngineServer(self._model_path, [*fixed, str(self.max_model_len), *self._arguments], log=self._log)
-        try:
-            server.ready(_START_SECONDS)
-        except EngineLost:
-            server.kill()
-            raise
-        return server
 
     def answers(self) -> bool:
         """Whether the server is alive and not frozen."""
@@ -99,9 +82,8 @@ class RemoteEngine:
 
     def restart(self) -> None:
         """End what is left of the server and start it again; it has version 0 until the next synchronisation."""
-        self.server.kill()
         self.weight_version = 0
-        self.server = self._start()
+        self.server.restart()
 
     def write_orders(self, orders: dict[int, Orders]) -> None:
         """Put down what each rank of the engine, by its number in the plan, does in a synchronisation."""
@@ -219,12 +201,15 @@ class RemoteEngine:
 
     def shutdown(self) -> None:
         """End the server."""
-        self.server.kill()
+        self.server.end()
 
 
-def server_arguments(rollout: RolloutConfig, *, dtype: str, seed: int) -> list[str]:
+def server_arguments(rollout: RolloutConfig, *, dtype: str, seed: int, max_model_len: int) -> list[str]:
     """Arguments of vLLM's server for a configuration."""
     chosen: dict[str, Any] = {
+        "logprobs_mode": "processed_logprobs",
+        "enable_scale_out": True,
+        "max_model_len": max_model_len,
         "dtype": dtype,
         "tensor_parallel_size": rollout.tensor_model_parallel_size,
         "max_num_seqs": rollout.max_num_seqs,

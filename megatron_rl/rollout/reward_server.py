@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rl.rollout.server import EngineLost, EngineServer
+from megatron_rl.rollout.server import EngineServer
 
-_START_SECONDS = 600.0
 _REQUEST_SECONDS = 600.0
 _SEQUENCES = 1024
 """Of one request."""
@@ -34,11 +33,7 @@ class RewardServer:
         """
         self._task = "token_classify" if per_token else "classify"
         self.server = EngineServer(model_path, ["--runner", "pooling", "--convert", "classify", *arguments], log=log)
-        try:
-            self.server.ready(_START_SECONDS)
-        except EngineLost:
-            self.shutdown()
-            raise
+        self.server.ready()
 
     def scores(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Of token ids: the score of the last token, [1], or of every one, [tokens]; float32, as the head gives it.
@@ -61,4 +56,4 @@ class RewardServer:
 
     def shutdown(self) -> None:
         """End it."""
-        self.server.kill()
+        self.server.end()

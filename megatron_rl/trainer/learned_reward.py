@@ -21,8 +21,8 @@ from megatron_rl.data.samples import Sample, TrainingSequence
 from megatron_rl.engine.scalar_model import ScalarModel
 from megatron_rl.engine.step import forward_values
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.rollout.server import EngineLost
-from megatron_rl.trainer.rollouts import start_reward_server
+from megatron_rl.rollout.address import EngineLost
+from megatron_rl.trainer.engines import start_reward_server
 from megatron_rl.trainer.training import Training
 
 NAME = "model"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_rl.config.schema import SyncConfig
 from megatron_rl.engine.policy import Policy
+from megatron_rl.rollout.address import EngineLost
 from megatron_rl.rollout.remote import NoEngine, RemoteEngine
-from megatron_rl.rollout.server import EngineLost
 from megatron_rl.weights.exchange import Exchange, Orders, TransferError, verified
 from megatron_rl.weights.folder import FolderTransport
 from megatron_rl.weights.holders import EngineRanks

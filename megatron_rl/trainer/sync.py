@@ -20,10 +20,11 @@ from megatron_rl.device import this_device
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_log_probs
 from megatron_rl.placement.layout import Layout
+from megatron_rl.rollout.address import EngineLost
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.remote import NoEngine, RemoteEngine
+from megatron_rl.trainer.engines import Engine
 from megatron_rl.trainer.remote_sync import RemoteSync
-from megatron_rl.trainer.rollouts import Engine
 from megatron_rl.trainer.training import Training
 from megatron_rl.weights.engine_table import engine_maps
 from megatron_rl.weights.exchange import Exchange, Loader, OnFilled, Orders, verified
@@ -51,6 +52,8 @@ class WeightSync:
         probes = [prompt.token_ids for prompt in prompts[:NUM_PROBES]]
         self.probes = [ids if len(ids) > 1 else ids * 2 for ids in probes]
         self._bucket_bytes = int(self.config.bucket_megabytes * 2**20)
+        self.version = 0
+        """The latest that was sent."""
         self._remote: RemoteSync | None = None
         policy = training.policy
         if training.config.rollout.quantization is not None:
@@ -83,6 +86,7 @@ class WeightSync:
             SyncMismatchError: sync.verify found other log-probs in the engine than in the policy.
         """
         start = time.perf_counter()
+        self.version = version
         if self._remote is not None:
             self._remote(version)
             num_bytes = self._remote.sent_bytes
@@ -127,7 +131,10 @@ class WeightSync:
         ((log_probs, _),) = forward_log_probs(self.training.policy, [row])
         if isinstance(self.engine, NoEngine):
             return
-        of_engine = self.engine.log_probs(self.probes)
+        try:
+            of_engine = self.engine.log_probs(self.probes)
+        except EngineLost:
+            return  # it has died since; whoever asks it next finds that, and it is sent and probed again
         # Joined before the maximum is taken: torch's is nan if one is, Python's depends on the order.
         ours = torch.cat(unpack(log_probs, row))
         theirs = torch.cat([torch.tensor(of_probe) for of_probe in of_engine])

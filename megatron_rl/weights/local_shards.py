@@ -11,12 +11,13 @@ from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
 
 # Transformer Engine fuses each norm into the linear layer after it; the tables use the unfused names.
-_FUSED_NORMS = {
+FUSED_NORMS = {
     "self_attention.linear_qkv": "input_layernorm",
     "self_attention.linear_q_up_proj": "self_attention.q_layernorm",
     "self_attention.linear_kv_up_proj": "self_attention.kv_layernorm",
     "mlp.linear_fc1": "pre_mlp_layernorm",
 }
+"""Linear layer -> the norm before it, by names in a layer."""
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
 _FUSED_NORM = re.compile(r"^(.*)\.layer_norm_(weight|bias)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.*)$")
@@ -53,7 +54,7 @@ def local_parameters(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
 def _name_in_layer(name: str, layer: Any) -> str:
     """The table's name of a parameter of `layer`, given core's."""
     if fused := _FUSED_NORM.match(name):
-        return f"{_FUSED_NORMS[fused[1]]}.{fused[2]}"
+        return f"{FUSED_NORMS[fused[1]]}.{fused[2]}"
     if grouped := _GROUPED_EXPERT.match(name):
         name = f"mlp.experts.local_experts.{grouped[3]}.{grouped[1]}.{grouped[2]}"
     if expert := _EXPERT.match(name):

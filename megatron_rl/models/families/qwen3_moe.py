@@ -16,8 +16,9 @@ def _has_experts(hf: dict[str, Any], layer: int) -> bool:
 
 
 def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """TransformerConfig fields."""
+    """TransformerConfig fields. Raises UserError for the options that no Qwen3-MoE uses."""
     decoder.refuse(hf, use_sliding_window=False, attention_bias=False, hidden_act="silu")
+    decoder.require(hf, "moe_intermediate_size", 1)
     routed = dict(
         qk_layernorm=True,
         # The softmax of the chosen logits is the softmax of all, divided by the sum over the chosen.
