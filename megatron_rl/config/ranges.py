@@ -67,6 +67,8 @@ RANGES = {
     "algorithm.critic.clip": "(0, inf)",
     "algorithm.dynamic_sampling.max_rounds": "[1, inf)",
     "algorithm.preference.beta": "(0, inf)",
+    "algorithm.supervised.coefficient": "[0, inf)",
+    "algorithm.supervised.mixture": "(0, 1)",
     "algorithm.preference.label_smoothing": "[0, 0.5)",
     "algorithm.preference.sft_coefficient": "[0, inf)",
     "rewards.model.weight": "(-inf, inf)",

@@ -37,6 +37,14 @@ class KLEstimator(Enum):
     k3 = "k3"
 
 
+class Divergence(Enum):
+    """Divergences of whole distributions; see `algorithms/distillation_loss.py`, the reference being the teacher."""
+
+    reverse = "reverse"
+    forward = "forward"
+    jensen_shannon = "jensen_shannon"
+
+
 class KLPlace(Enum):
     """Where the KL penalty enters: added to the loss, or subtracted from the reward."""
 
@@ -577,6 +585,12 @@ class SupervisedConfig:
     """A name of `trainer/supervised_losses.py`, or a dotted path 'package.module:function'."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the loss."""
+    coefficient: float = 1.0
+    """Weight of the loss; 0 leaves the divergence from the reference alone, as in distillation."""
+    divergence: Divergence = Divergence.reverse
+    """With algorithm.kl.coefficient: the exact divergence from the reference that each position is charged with."""
+    mixture: float = 0.5
+    """With jensen_shannon: the reference's share of the mixture."""
 
 
 @dataclass

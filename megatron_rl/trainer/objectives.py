@@ -4,10 +4,11 @@ Built once per optimizer step, when the counts of its global batch are known; th
 on preferences are in `pair_objectives`.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import GlobalCounts, aggregation_weights, weighted, weighted_sum
@@ -17,13 +18,16 @@ from megatron_rl.algorithms.importance import correction_weights, importance_met
 from megatron_rl.algorithms.kl import kl_estimate, weighted_kl_estimate
 from megatron_rl.algorithms.metrics import Metric, masked_mean
 from megatron_rl.algorithms.mismatch import mismatch_metrics
-from megatron_rl.algorithms.supervised_loss import sft_loss
 from megatron_rl.algorithms.value_loss import clipped_value_loss, value_loss, value_metrics
 from megatron_rl.config.functions import Bound
 from megatron_rl.config.schema import AlgorithmConfig, CorrectionMethod, KLPlace
 from megatron_rl.data.packing import PackedRow
+from megatron_rl.engine.reference import ReferenceLogits
+from megatron_rl.parallel.fused_linear_logits_loss import OfLogits
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses, Tokens
+from megatron_rl.parallel.sharded_logits import ShardedLogits
 from megatron_rl.trainer.policy_losses import TOKEN_LOSSES, loss_metrics
+from megatron_rl.trainer.supervised_losses import SFT
 
 Loss = tuple[Tensor, dict[str, Metric]]
 
@@ -55,23 +59,50 @@ class TokenObjective:
 
 @dataclass(frozen=True)
 class SupervisedObjective(TokenObjective):
-    """A loss of the log-probs of the response tokens: their negative log-likelihood, unless another is configured."""
+    """A loss of the response tokens, their negative log-likelihood unless another is configured, + KL penalty."""
 
-    loss: Callable[..., Tensor] = sft_loss
+    loss: Bound = SFT
     """Of `supervised_losses.resolve_supervised_loss`."""
+    reference: ReferenceLogits | None = None
+    """Of the step's rows; None: no penalty. The tokens are no samples of the policy, so the penalty is exact."""
 
-    def token_losses(self, row: PackedRow) -> TokenLosses | None:
+    def token_losses(self, row: PackedRow) -> TokenLosses | OfLogits | None:
         """See engine.step.LossFunction."""
         weights = self.weights(row)
-        return lambda log_probs, entropy, tokens: weighted(self.loss(log_probs=log_probs), weights[tokens])
+        if self.reference is not None or "mean_log_probs" in self.loss.wants:
+            return OfLogits(lambda logits, tokens: self._of_logits(logits, row, weights[tokens]))
+        return lambda log_probs, entropy, tokens: weighted(self._total(log_probs, {}), weights[tokens])
+
+    def _of_logits(self, logits: ShardedLogits, row: PackedRow, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        log_probs, mean = logits.log_probs_of(logits.labels[:, None])
+        values = {"mean_log_probs": mean}
+        if self.reference is not None:
+            settings, reference = self.algorithm.supervised, self.reference[row.sequence_ids]
+            values["divergence"] = logits.divergence(
+                reference(logits.slots), settings.divergence.value, settings.mixture
+            )
+        return weighted(self._total(log_probs[:, 0], values), weights), values
+
+    def _total(self, log_probs: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """[n]: loss and penalty of n tokens."""
+        algorithm, total = self.algorithm, torch.zeros_like(log_probs)
+        if algorithm.supervised.coefficient:
+            loss = self.loss(log_probs=log_probs, mean_log_probs=values.get("mean_log_probs"))
+            total = algorithm.supervised.coefficient * loss
+        if "divergence" in values:
+            total = total + algorithm.kl.coefficient * values["divergence"]
+        return total
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Loss:
         """See engine.step.LossFunction."""
-        loss = weighted_sum(self.loss(log_probs=log_probs), self.weights(row))
-        return loss, {
+        loss = weighted_sum(self._total(log_probs, row.per_token), self.weights(row))
+        metrics = {
             "sft/loss": self.loss_metric(loss, row),
             "policy/entropy": masked_mean(entropy, row.loss_mask),
         }
+        if "divergence" in row.per_token:
+            metrics["policy/kl_ref"] = masked_mean(row.per_token["divergence"], row.loss_mask)
+        return loss, metrics
 
 
 @dataclass(frozen=True)
