@@ -6,7 +6,7 @@ from typing import NoReturn
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.hf_checkpoint import check_weights, read_json_object
 from megatron_rl.config.load import shown
-from megatron_rl.config.schema import Config, CorrectionMethod, KLReference, RewardModelKind
+from megatron_rl.config.schema import Config, CorrectionMethod, KLPlace, KLReference, RewardModelKind
 
 _OF_GROUPS = ("group_relative", "leave_one_out")
 _HEADS = {
@@ -38,6 +38,19 @@ def check_algorithm(config: Config) -> None:
     buffer, limit = config.rewards.overlong.buffer_tokens, rollout.sampling.max_response_tokens
     if buffer is not None and buffer > limit:
         _refuse("rewards.overlong.buffer_tokens", buffer, f"at most {limit}, rollout.sampling.max_response_tokens")
+
+
+def check_supervised(config: Config) -> None:
+    """Raise ConfigError for the first choice of a supervised run that has no meaning there: its penalty is exact."""
+    algorithm, kl = config.algorithm, config.algorithm.kl
+    if kl.place is not KLPlace.loss:
+        _refuse("algorithm.kl.place", kl.place.value, "loss with recipe sft, which has no rewards")
+    if kl.reference is not KLReference.fixed:
+        _refuse("algorithm.kl.reference", kl.reference.value, "fixed with recipe sft")
+    if kl.target is not None:
+        _refuse("algorithm.kl.target", kl.target, "null with recipe sft: the coefficient stays")
+    if not algorithm.supervised.coefficient and not kl.coefficient:
+        _refuse("algorithm.supervised.coefficient", 0.0, "above 0 unless algorithm.kl.coefficient is")
 
 
 def check_checkpoints(config: Config) -> None:

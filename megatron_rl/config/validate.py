@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_rl.config.algorithm import check_algorithm, check_checkpoints
+from megatron_rl.config.algorithm import check_algorithm, check_checkpoints, check_supervised
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.hf_checkpoint import (
     SUPPORTED_ARCHITECTURES,
@@ -321,6 +321,8 @@ def _check_batches(config: Config, world_size: int | None) -> None:
         num_updates *= train.num_epochs_per_step * (num_samples // batch_size)
     elif train.global_batch_size is None:
         _refuse("train.global_batch_size", None, f"[1, inf) with recipe {config.recipe.value}")
+    if config.recipe is Recipe.sft:
+        check_supervised(config)
     replicas = data_parallel_size(config.parallel, world_size)
     if train.global_batch_size is not None and train.global_batch_size < replicas:
         _refuse("train.global_batch_size", train.global_batch_size, f"at least {replicas}, one per replica")

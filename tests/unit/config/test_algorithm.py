@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_rl.config.algorithm import check_algorithm, check_checkpoints
+from megatron_rl.config.algorithm import check_algorithm, check_checkpoints, check_supervised
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
@@ -73,6 +73,36 @@ def test_what_is_sound_passes(keys: Sequence[str], tmp_path: Path) -> None:
 def test_what_contradicts_is_refused(keys: Sequence[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         check_algorithm(configured(tmp_path, keys))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            ("algorithm.kl.place=reward",),
+            "algorithm.kl.place: given 'reward', allowed: loss with recipe sft, which has no rewards",
+        ),
+        (
+            ("algorithm.kl.reference=refreshed",),
+            "algorithm.kl.reference: given 'refreshed', allowed: fixed with recipe sft",
+        ),
+        (
+            ("algorithm.kl.target=0.1",),
+            "algorithm.kl.target: given 0.1, allowed: null with recipe sft: the coefficient stays",
+        ),
+        (
+            ("algorithm.supervised.coefficient=0",),
+            "algorithm.supervised.coefficient: given 0.0, allowed: above 0 unless algorithm.kl.coefficient is",
+        ),
+    ],
+)
+def test_what_has_no_meaning_in_supervised_training_is_refused(
+    keys: Sequence[str], message: str, tmp_path: Path
+) -> None:
+    check_supervised(configured(tmp_path, ["algorithm.supervised.coefficient=0", "algorithm.kl.coefficient=1"]))
+    with pytest.raises(ConfigError) as caught:
+        check_supervised(configured(tmp_path, keys))
     assert str(caught.value) == message
 
 
