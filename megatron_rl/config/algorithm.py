@@ -16,6 +16,7 @@ from megatron_rl.config.schema import (
     RewardModelKind,
 )
 
+_OF_SEQUENCES = ("ppo_trajectory", "gspo", "gspo_token")
 _OF_GROUPS = ("group_relative", "leave_one_out")
 _HEADS = {
     RewardModelKind.outcome: "ForSequenceClassification",
@@ -67,6 +68,12 @@ def _check_rl(config: Config) -> None:
     _check_critic(config)
     if algorithm.kl.coefficient and algorithm.kl.estimator is KLEstimator.exact:
         _check_exact_kl(config)
+        # Its gradient is formed token by token, while the logits of a few tokens are there.
+        loss = algorithm.policy_loss.name
+        if loss in _OF_SEQUENCES or ":" in loss:
+            _refuse("algorithm.policy_loss.name", loss, "a built-in loss of tokens with algorithm.kl.estimator=exact")
+        if algorithm.critic.shared:
+            _refuse("algorithm.critic.shared", True, "false with algorithm.kl.estimator=exact")
     num_samples = rollout.num_samples_per_prompt
     if num_samples < 2 and algorithm.advantage.estimator in _OF_GROUPS:
         _refuse("rollout.num_samples_per_prompt", 1, "[2, inf): alone in its group, a sample has advantage 0")

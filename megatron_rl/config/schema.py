@@ -626,10 +626,10 @@ class SupervisedConfig:
 
     loss: str = "sft"
     """A name of `trainer/supervised_losses.py`, or a dotted path 'package.module:function'."""
-    coefficient: float = 1.0
-    """Weight of this loss beside algorithm.kl; 0 with a teacher there is distillation alone."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the loss."""
+    coefficient: float = 1.0
+    """Weight of this loss; 0 leaves the divergence of algorithm.kl alone, as in distillation."""
 
 
 @dataclass

@@ -7,10 +7,10 @@ not name them, so that engines and exported checkpoints get the language model a
 
 from typing import Any
 
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_rl.data.packing import NEW_VALUES
-from megatron_rl.engine.head import LogProbHead
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.scalar_head import ScalarHead
 from megatron_rl.weights.local_shards import VALUE_HEAD
@@ -29,10 +29,9 @@ class Values:
     """The `Extra` of an `ActorCritic`: a value per token, with its gradient into the backbone."""
 
     names: tuple[str, ...] = (NEW_VALUES,)
-    trains_output_weight = False
 
-    def __call__(self, head: LogProbHead, hidden: Tensor, labels: Tensor, number: int) -> Tensor:
+    def __call__(self, gpt: GPTModel, hidden: Tensor) -> Tensor:
         """[1, P] float32; see `Extra`."""
-        value_head: Any = getattr(head.gpt, VALUE_HEAD)
+        value_head: Any = getattr(gpt, VALUE_HEAD)
         values: Tensor = value_head(hidden[:, None])[0]
         return values.flatten()[None]

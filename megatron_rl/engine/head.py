@@ -8,7 +8,7 @@ The weight's gradient goes straight into `main_grad`, the float32 buffer that co
 Autograd is told of no gradient then; where the weight is not an embedding too, whose gradient autograd brings, a
 stand-in without memory tells DistributedDataParallel's hook that the parameter is done.
 
-What some algorithms want besides (values of a critic, divergences from a teacher) is an `Extra` of a pass.
+What some algorithms want of the hidden states besides, the values of a critic, is an `Extra` of a pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +21,10 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_rl.parallel.fused_linear_log_probs import fused_linear_log_probs
+from megatron_rl.parallel.fused_linear_logits_loss import OfLogits, fused_linear_logits_loss
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses, fused_linear_token_loss
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.sharded_logits import ShardedLogits
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class TokenLoss:
     """Scalar; its backward pass passes that gradient on to the hidden states."""
     outputs: Tensor
     """[2, P] float32: log-probs and entropy, without gradient."""
+    values: dict[str, Tensor]
+    """[P] each, without gradient: what losses of whole distributions give beside."""
 
 
 class Extra(Protocol):
@@ -40,21 +44,9 @@ class Extra(Protocol):
 
     names: tuple[str, ...]
     """Of its outputs, by which the objective finds them in `row.per_token`."""
-    trains_output_weight: bool
-    """Whether autograd brings the output layer's weight a gradient from it."""
 
-    def __call__(self, head: "LogProbHead", hidden: Tensor, labels: Tensor, number: int) -> Tensor:
-        """Outputs of P tokens.
-
-        Args:
-            head: the model's, on its last stage.
-            hidden: [P, H], or this rank's [P/tp, H] under sequence parallelism.
-            labels: [P] int64.
-            number: of the row, the same in every pass over it.
-
-        Returns:
-            [len(names), P] float32.
-        """
+    def __call__(self, gpt: GPTModel, hidden: Tensor) -> Tensor:
+        """[len(names), P] float32 of hidden states [P, H], or this rank's [P/tp, H] under sequence parallelism."""
         ...
 
 
@@ -84,50 +76,60 @@ class LogProbHead:
             return gpt.shared_embedding_or_output_weight()
         return gpt.output_layer.weight
 
-    @property
-    def softmax_temperature(self) -> float:
-        """What the products of hidden states and weight are divided by."""
-        return self.temperature / _logit_scale(self.gpt)
-
     def __call__(
-        self, forward: Callable[[], Tensor], labels: Tensor, token_losses: TokenLosses | None, number: int
+        self, forward: Callable[[], Tensor], labels: Tensor, token_losses: TokenLosses | OfLogits | None
     ) -> Tensor | TokenLoss:
         """Run the last stage on P tokens.
 
         Args:
             forward: runs the model.
             labels: [P] int64.
-            token_losses: the loss, if it is to be differentiated in this forward pass; not with extras.
-            number: of the row.
+            token_losses: the loss, if it is to be differentiated in this forward pass; without extras.
 
         Returns:
             [2 or more, P] float32: log-probs and entropy, nats, and what the extras give; with token_losses the loss.
         """
-        with self._hidden_states():
-            hidden = forward().squeeze(1)
+        hidden = self.hidden_states(forward)
         weight = self.weight
         trains = torch.is_grad_enabled()
         main_grad = getattr(weight, "main_grad", None) if trains and weight.requires_grad else None
         arguments: Any = dict(
             group=self.groups.tp,
             vocab_size=self.vocab_size,
-            temperature=self.softmax_temperature,
+            temperature=self.temperature / self.logit_scale,
             sequence_parallel=self.gpt.config.sequence_parallel,
             main_grad=main_grad,
         )
-        if trains and token_losses is not None and not self.extras:
-            loss, *outputs = fused_linear_token_loss(hidden, weight, labels, token_losses, **arguments)
+        if trains and token_losses is not None:
+            values: dict[str, Tensor] = {}
+            assert not self.extras
+            if isinstance(token_losses, OfLogits):
+                losses = _with_outputs(token_losses)
+                loss, values = fused_linear_logits_loss(hidden, weight, labels, losses, **arguments)
+                outputs = [values.pop(name) for name in self.names]
+            else:
+                loss, *outputs = fused_linear_token_loss(hidden, weight, labels, token_losses, **arguments)
             self._announce(loss, main_grad)
-            return TokenLoss(loss, torch.stack(outputs))
+            return TokenLoss(loss, torch.stack(outputs), values)
         log_probs, entropy = fused_linear_log_probs(hidden, weight, labels, **arguments)
         assert entropy is not None
-        if not any(extra.trains_output_weight for extra in self.extras):
-            self._announce(log_probs, main_grad)
-        outputs = [extra(self, hidden, labels, number) for extra in self.extras]
-        return torch.cat([torch.stack([log_probs, entropy]), *outputs])
+        self._announce(log_probs, main_grad)
+        extras = [extra(self.gpt, hidden) for extra in self.extras]
+        return torch.cat([torch.stack([log_probs, entropy]), *extras])
+
+    def hidden_states(self, forward: Callable[[], Tensor]) -> Tensor:
+        """[P, H] after the last norm, under sequence parallelism [P/tp, H]: what the output layer is applied to."""
+        with self._without_output_layer():
+            return forward().squeeze(1)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor that newer releases of core apply to the logits (muP); 1 in the others."""
+        scale = getattr(self.gpt, "_scale_logits", None)
+        return 1.0 if scale is None else float(scale(torch.ones(())))
 
     @contextmanager
-    def _hidden_states(self) -> Iterator[None]:
+    def _without_output_layer(self) -> Iterator[None]:
         """Inside, the model ends before its output layer."""
         self.gpt.post_process = False
         try:
@@ -149,7 +151,13 @@ class LogProbHead:
         output.grad_fn.register_hook(mark)
 
 
-def _logit_scale(gpt: GPTModel) -> float:
-    """The factor that newer releases of core apply to the logits (muP); 1 in the others."""
-    scale = getattr(gpt, "_scale_logits", None)
-    return 1.0 if scale is None else float(scale(torch.ones(())))
+def _with_outputs(of_logits: OfLogits) -> Callable[[ShardedLogits], tuple[Tensor, dict[str, Tensor]]]:
+    """The losses, with log-probs and entropy among their values."""
+
+    def losses(logits: ShardedLogits) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            outputs = dict(zip(LogProbHead.names, logits.log_probs(), strict=True))
+        found, values = of_logits.losses(logits, logits.slots)
+        return found, values | outputs
+
+    return losses

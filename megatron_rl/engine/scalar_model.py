@@ -30,9 +30,7 @@ class ValueHead:
     extras: Sequence[Extra] = ()
     """Both without meaning here; set alike for every model before a pass."""
 
-    def __call__(
-        self, forward: Callable[[], Tensor], labels: Tensor, token_losses: TokenLosses | None, number: int
-    ) -> Tensor:
+    def __call__(self, forward: Callable[[], Tensor], labels: Tensor, token_losses: TokenLosses | None) -> Tensor:
         """[1, P] float32; see `LogProbHead` for the arguments."""
         return forward().flatten()[None]
 

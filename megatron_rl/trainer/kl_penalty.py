@@ -11,24 +11,13 @@ from megatron_rl.algorithms.kl import adaptive_kl_coefficient, kl_estimate
 from megatron_rl.algorithms.reward_shaping import kl_in_rewards
 from megatron_rl.config.schema import KLConfig, KLEstimator, KLPlace, KLReference
 from megatron_rl.data.packing import PackedRow
-from megatron_rl.engine.distributions import Distributions, TeacherStates
-from megatron_rl.engine.head import Extra
-from megatron_rl.engine.reference import ReferenceWeights, Teacher
-from megatron_rl.engine.step import forward_outputs
+from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.reference import ReferenceLogits, ReferenceWeights, Teacher, reference_logits
+from megatron_rl.engine.step import forward_log_probs
 from megatron_rl.trainer.advantages import TOKEN_REWARDS
 from megatron_rl.trainer.training import RunState
 
 COEFFICIENT = "kl_coefficient"
-
-
-def exact_kl_of(config: KLConfig, teacher: TeacherStates | None, *, mean_log_probs: bool = False) -> Distributions:
-    """The configured divergence from a teacher, and the mean log-probs of label smoothing, as an extra of a pass."""
-    return Distributions(
-        teacher=teacher,
-        direction=config.direction.value,
-        mixture=config.mixture,
-        mean_log_probs=mean_log_probs,
-    )
 
 
 class KLPenalty:
@@ -36,8 +25,8 @@ class KLPenalty:
 
     def __init__(self, config: KLConfig, reference: ReferenceWeights | Teacher | None, state: RunState) -> None:
         self.config, self.reference, self.state = config, reference, state
-        self.extras: list[Extra] = []
-        """What the exact KL of the step's rows needs of the passes over them."""
+        self.logits: ReferenceLogits | None = None
+        """Of the step's rows, where the KL is to be exact."""
 
     @property
     def coefficient(self) -> float:
@@ -49,17 +38,16 @@ class KLPenalty:
         """Whether the rewards are penalised, for which the old policy's log-probs are needed."""
         return self.reference is not None and self.config.place is KLPlace.reward
 
-    def add_log_probs(self, rows: Sequence[PackedRow], *, temperature: float) -> None:
-        """Give the rows `ref_log_probs`; for an exact KL, keep what the reference's distributions are made of."""
+    def add_log_probs(self, rows: Sequence[PackedRow], *, policy: Policy, temperature: float) -> None:
+        """Give the rows `ref_log_probs`; for an exact KL, keep the reference's distributions."""
         if self.reference is None:
             return
-        is_exact = self.config.estimator is KLEstimator.exact
-        states = [TeacherStates()] if is_exact else []
         with self.reference.swapped_in() as reference:
-            outputs = forward_outputs(reference, rows, temperature=temperature, extras=states)
-        for row, of_row in zip(rows, outputs, strict=True):
-            row.per_token["ref_log_probs"] = of_row["log_probs"]
-        self.extras = [exact_kl_of(self.config, teacher) for teacher in states]
+            outputs = forward_log_probs(reference, rows, temperature=temperature)
+        for row, (log_probs, _) in zip(rows, outputs, strict=True):
+            row.per_token["ref_log_probs"] = log_probs
+        if self.config.estimator is KLEstimator.exact:
+            self.logits = reference_logits(self.reference, policy, rows)
 
     def penalise(self, rows: Sequence[PackedRow]) -> None:
         """Take the penalty off the rewards of the rows' tokens."""

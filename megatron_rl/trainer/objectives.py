@@ -4,9 +4,11 @@ Built once per optimizer step, when the counts of its global batch are known; th
 on preferences are in `pair_objectives`.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import GlobalCounts, aggregation_weights, weighted, weighted_sum
@@ -18,11 +20,14 @@ from megatron_rl.algorithms.metrics import Metric, masked_mean
 from megatron_rl.algorithms.mismatch import mismatch_metrics
 from megatron_rl.algorithms.value_loss import clipped_value_loss, value_loss, value_metrics
 from megatron_rl.config.functions import Bound
-from megatron_rl.config.schema import AlgorithmConfig, CorrectionMethod, KLEstimator, KLPlace, SupervisedConfig
+from megatron_rl.config.schema import AlgorithmConfig, CorrectionMethod, KLConfig, KLPlace
 from megatron_rl.data.packing import DIVERGENCE, MEAN_LOG_PROBS, NEW_VALUES, PackedRow
+from megatron_rl.engine.reference import ReferenceLogits
+from megatron_rl.parallel.fused_linear_logits_loss import OfLogits
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses, Tokens
+from megatron_rl.parallel.sharded_logits import ShardedLogits
 from megatron_rl.trainer.policy_losses import TOKEN_LOSSES, loss_metrics
-from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
+from megatron_rl.trainer.supervised_losses import SFT
 
 Loss = tuple[Tensor, dict[str, Metric]]
 
@@ -54,36 +59,52 @@ class TokenObjective:
 
 @dataclass(frozen=True)
 class SupervisedObjective(TokenObjective):
-    """A loss of the log-probs of the response tokens, their negative log-likelihood unless another is configured; and
-    the divergence from a reference, on rows that have it."""
+    """A loss of the response tokens, their negative log-likelihood unless another is configured, + KL penalty."""
 
-    loss: Bound = field(default_factory=lambda: resolve_supervised_loss(SupervisedConfig()))
+    loss: Bound = SFT
     """Of `supervised_losses.resolve_supervised_loss`."""
+    reference: ReferenceLogits | None = None
+    """Of the step's rows; None: no penalty. The tokens are no samples of the policy, so the penalty is exact."""
 
-    def token_losses(self, row: PackedRow) -> TokenLosses | None:
+    def token_losses(self, row: PackedRow) -> TokenLosses | OfLogits | None:
         """See engine.step.LossFunction."""
-        if self.algorithm.kl.coefficient or "mean_log_probs" in self.loss.wants:
-            return None
-        weights = self.weights(row) * self.algorithm.supervised.coefficient
-        return lambda log_probs, entropy, tokens: weighted(
-            self.loss(log_probs=log_probs, mean_log_probs=None), weights[tokens]
-        )
+        weights = self.weights(row)
+        if self.reference is not None or "mean_log_probs" in self.loss.wants:
+            return OfLogits(lambda logits, tokens: self._of_logits(logits, row, weights[tokens]))
+        return lambda log_probs, entropy, tokens: weighted(self._total(log_probs, {}), weights[tokens])
+
+    def _of_logits(self, logits: ShardedLogits, row: PackedRow, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        log_probs, mean = logits.log_probs_of(logits.labels[:, None])
+        values = {MEAN_LOG_PROBS: mean}
+        if self.reference is not None:
+            values[DIVERGENCE] = _divergence(logits, self.reference, row, self.algorithm.kl)
+        return weighted(self._total(log_probs[:, 0], values), weights), values
+
+    def _total(self, log_probs: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """[n]: loss and penalty of n tokens."""
+        algorithm, total = self.algorithm, torch.zeros_like(log_probs)
+        if algorithm.supervised.coefficient:
+            loss = self.loss(log_probs=log_probs, mean_log_probs=values.get(MEAN_LOG_PROBS))
+            total = algorithm.supervised.coefficient * loss
+        if DIVERGENCE in values:
+            total = total + algorithm.kl.coefficient * values[DIVERGENCE]
+        return total
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Loss:
         """See engine.step.LossFunction."""
-        algorithm, mask = self.algorithm, row.loss_mask
-        losses = self.loss(log_probs=log_probs, mean_log_probs=row.per_token.get(MEAN_LOG_PROBS))
-        kl = row.per_token.get(DIVERGENCE)
-        loss, terms = combined_loss(
-            losses * algorithm.supervised.coefficient,
-            self.weights(row),
-            kl=None if kl is None else (kl, algorithm.kl.coefficient),
-        )
-        metrics = {"sft/loss": self.loss_metric(loss, row), "policy/entropy": masked_mean(entropy, mask)}
-        if kl is not None:
-            metrics["policy/kl_ref"] = masked_mean(kl, mask)
-            metrics["sft/loss_kl"] = self.loss_metric(terms["kl"], row)
+        loss = weighted_sum(self._total(log_probs, row.per_token), self.weights(row))
+        metrics = {
+            "sft/loss": self.loss_metric(loss, row),
+            "policy/entropy": masked_mean(entropy, row.loss_mask),
+        }
+        if DIVERGENCE in row.per_token:
+            metrics["policy/kl_ref"] = masked_mean(row.per_token[DIVERGENCE], row.loss_mask)
         return loss, metrics
+
+
+def _divergence(logits: ShardedLogits, reference: ReferenceLogits, row: PackedRow, kl: KLConfig) -> Tensor:
+    """[n] of the tokens that the logits are of, from the reference's."""
+    return logits.divergence(reference[row.sequence_ids](logits.slots), kl.direction.value, kl.mixture)
 
 
 @dataclass(frozen=True)
@@ -97,6 +118,8 @@ class PolicyGradientObjective(TokenObjective):
     """The old policy is the current one: old log-probs are the present ones, and the ratio is exactly 1."""
     kl_coefficient: float
     """Of this step."""
+    reference: ReferenceLogits | None = None
+    """Of the step's rows, for the exact KL; None: it is estimated."""
 
     def _values(self, log_probs: Tensor, entropy: Tensor, row: PackedRow, tokens: Tokens) -> dict[str, Any]:
         """What a policy loss may ask for, of some tokens of the row."""
@@ -113,30 +136,35 @@ class PolicyGradientObjective(TokenObjective):
             cu_seqlens=row.cu_seqlens,
         )
 
-    def token_losses(self, row: PackedRow) -> TokenLosses | None:
+    def token_losses(self, row: PackedRow) -> TokenLosses | OfLogits | None:
         """See engine.step.LossFunction."""
         algorithm, weights, correction = self.algorithm, self.weights(row), None
-        if algorithm.policy_loss.name not in TOKEN_LOSSES or algorithm.critic.shared or self._is_exact:
+        if algorithm.policy_loss.name not in TOKEN_LOSSES or algorithm.critic.shared:
             return None
         if algorithm.correction.method is not CorrectionMethod.metrics_only:
-            if self.on_policy:
+            if self.on_policy and self.reference is None:
                 return None  # the old policy's log-probs are not known before the row's own
             correction, _ = self._correction(row.per_token["old_log_probs"], row)
 
-        def losses(log_probs: Tensor, entropy: Tensor, tokens: Tokens) -> Tensor:
+        def losses(log_probs: Tensor, entropy: Tensor, tokens: Tokens, kl: Tensor | None = None) -> Tensor:
             values = self._values(log_probs, entropy, row, tokens)
             total = self.policy_loss(**values)
             if correction is not None:
                 total = total * correction[tokens]
             if algorithm.entropy_coefficient:
                 total = total - algorithm.entropy_coefficient * entropy
-            if values["ref_log_probs"] is not None and algorithm.kl.place is KLPlace.loss:
-                total = total + self.kl_coefficient * self._kl(
-                    log_probs, values["old_log_probs"], values["ref_log_probs"]
-                )
+            if kl is None and values["ref_log_probs"] is not None and algorithm.kl.place is KLPlace.loss:
+                kl = self._kl(log_probs, values["old_log_probs"], values["ref_log_probs"])
+            if kl is not None:
+                total = total + self.kl_coefficient * kl
             return weighted(total, weights[tokens])
 
-        return losses
+        def of_logits(logits: ShardedLogits, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+            assert self.reference is not None
+            kl = _divergence(logits, self.reference, row, algorithm.kl)
+            return losses(*logits.log_probs(), tokens, kl), {DIVERGENCE: kl}
+
+        return losses if self.reference is None else OfLogits(of_logits)
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Loss:
         """See engine.step.LossFunction."""
@@ -179,10 +207,6 @@ class PolicyGradientObjective(TokenObjective):
         if len(terms) > 1:
             metrics |= {f"policy/loss_{name}": self.loss_metric(term, row) for name, term in terms.items()}
         return loss, metrics
-
-    @property
-    def _is_exact(self) -> bool:
-        return bool(self.algorithm.kl.coefficient) and self.algorithm.kl.estimator is KLEstimator.exact
 
     def _kl(self, log_probs: Tensor, old: Tensor, reference: Tensor) -> Tensor:
         estimator: Any = self.algorithm.kl.estimator.value

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.advantages import RunningBaseline
 from megatron_rl.algorithms.metrics import Metric, combine
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, KLEstimator
 from megatron_rl.data.datasets import load_prompts, training_sequence
 from megatron_rl.data.order import DataOrder
 from megatron_rl.data.packing import NEW_VALUES, PackedRow
@@ -142,7 +142,8 @@ class Reinforcement:
             self.training.minibatch(sequences, range(start, start + size)) for start in range(0, len(sequences), size)
         ]
         rows = _rows(batches)
-        if not self.on_policy or self.kl.in_reward or self.values:
+        is_exact = self.config.algorithm.kl.estimator is KLEstimator.exact
+        if not self.on_policy or self.kl.in_reward or self.values or is_exact:
             policy = self.training.policy
             with policy.routing.recording():
                 outputs = forward_outputs(policy, rows, temperature=self.sampling.temperature, extras=self.values)
@@ -150,7 +151,7 @@ class Reinforcement:
                 row.per_token["old_log_probs"] = of_row["log_probs"]
                 if NEW_VALUES in of_row:
                     row.per_token["values"] = of_row[NEW_VALUES]
-        self.kl.add_log_probs(rows, temperature=self.sampling.temperature)
+        self.kl.add_log_probs(rows, policy=self.training.policy, temperature=self.sampling.temperature)
         if self.training.critic is not None:
             self.training.critic.add_values(rows)
         return batches
@@ -191,12 +192,13 @@ class Reinforcement:
                     policy_loss=self.policy_loss,
                     on_policy=self.on_policy,
                     kl_coefficient=self.kl.coefficient,
+                    reference=self.kl.logits,
                 )
                 update = training.update(
                     batch,
                     objective,
                     temperature=self.sampling.temperature,
-                    extras=[*self.values, *self.kl.extras],
+                    extras=self.values,
                 )
                 metrics = combine(metrics, update)
         found = training.reduce(metrics)

@@ -3,17 +3,13 @@
 from collections.abc import Sequence
 
 from megatron_rl.algorithms.metrics import Metric, combine, masked_mean
-from megatron_rl.config.functions import Bound
 from megatron_rl.config.schema import Config
 from megatron_rl.data.datasets import load_sft
 from megatron_rl.data.order import DataOrder
 from megatron_rl.data.samples import TrainingSequence
-from megatron_rl.engine.distributions import TeacherStates
-from megatron_rl.engine.head import Extra
-from megatron_rl.engine.step import forward_log_probs, forward_outputs
+from megatron_rl.engine.reference import reference_logits
+from megatron_rl.engine.step import forward_log_probs
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.trainer.kl_penalty import exact_kl_of
-from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.objectives import SupervisedObjective
 from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
 from megatron_rl.trainer.tokenizer import load_tokenizer
@@ -23,7 +19,8 @@ from megatron_rl.trainer.training import Training
 def train_sft(config: Config, groups: Groups) -> None:
     """Run or resume supervised fine-tuning."""
     loss = resolve_supervised_loss(config.algorithm.supervised)
-    training = Training(config, groups, num_updates_per_step=1, with_reference=bool(config.algorithm.kl.coefficient))
+    with_reference = config.algorithm.kl.coefficient > 0
+    training = Training(config, groups, num_updates_per_step=1, with_reference=with_reference)
     tokenizer = load_tokenizer(config.model.hf_path)
     max_tokens = config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens
     sequences = load_sft(str(config.data.train), config.data, tokenizer, max_tokens=max_tokens)
@@ -36,28 +33,19 @@ def train_sft(config: Config, groups: Groups) -> None:
             with training.step() as row:
                 batch = training.minibatch(sequences, order.rows(state.data_position, batch_size))
                 state.data_position += batch_size
-                with training.timer.phase("log_probs"):
-                    extras = distributions(training, loss, batch)
+                reference = None
+                if training.reference is not None:
+                    with training.timer.phase("log_probs"):
+                        reference = reference_logits(training.reference, training.policy, batch.rows)
                 with training.timer.phase("train"):
-                    objective = SupervisedObjective(config.algorithm, batch.counts, _norm(config), loss)
-                    row |= training.reduce(training.update(batch, objective, extras=extras))
+                    objective = SupervisedObjective(config.algorithm, batch.counts, _norm(config), loss, reference)
+                    row |= training.reduce(training.update(batch, objective))
                 row["throughput/tokens"] = batch.num_tokens
                 done = state.step + 1
                 if held_out and (done == config.train.num_steps or (interval and done % interval == 0)):
                     with training.timer.phase("evaluate"):
                         row |= held_out_loss(training, held_out)
         training.finish()
-
-
-def distributions(training: Training, loss: Bound, batch: MiniBatch) -> list[Extra]:
-    """What the loss wants of whole distributions; of a reference, after its pass over the rows."""
-    teacher = None
-    if training.reference is not None:
-        teacher = TeacherStates()
-        with training.reference.swapped_in() as reference:
-            forward_outputs(reference, batch.rows, extras=[teacher])
-    smooths = "mean_log_probs" in loss.wants
-    return [exact_kl_of(training.config.algorithm.kl, teacher, mean_log_probs=smooths)] if teacher or smooths else []
 
 
 def held_out_loss(training: Training, sequences: Sequence[TrainingSequence]) -> dict[str, float]:

@@ -32,16 +32,15 @@ from megatron_rl.data.datasets import training_sequence
 from megatron_rl.data.preferences import Judged
 from megatron_rl.data.samples import Completion, Prompt, Sample, TrainingSequence
 from megatron_rl.engine.actor_critic import ActorCritic, Values
-from megatron_rl.engine.distributions import TeacherStates
 from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.reference import ReferenceLogits, Teacher, reference_logits
 from megatron_rl.engine.scalar_model import ScalarModel
-from megatron_rl.engine.step import LossFunction, forward_backward, forward_outputs
+from megatron_rl.engine.step import LossFunction, forward_backward
 from megatron_rl.parallel.reductions import reduce_metrics
 from megatron_rl.trainer.advantages import add_advantages, gathered_means
 from megatron_rl.trainer.estimators import ESTIMATORS, resolve_estimator
-from megatron_rl.trainer.kl_penalty import exact_kl_of
 from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective, ValueObjective
 from megatron_rl.trainer.policy_losses import resolve_policy_loss
@@ -141,21 +140,19 @@ def update_of_every_objective(
 
 def _of_distributions(policy: Policy, teacher: Policy, tokens: int) -> Iterator[tuple[str, dict[str, float]]]:
     batch = _batch(policy, recorded_rollouts(), tokens)
-    states = TeacherStates()
-    forward_outputs(teacher, batch.rows, extras=[states])
+    reference = reference_logits(Teacher(teacher), policy, batch.rows)
     for direction in Divergence:
         kl = KLConfig(coefficient=KL_COEFFICIENT, estimator=KLEstimator.exact, direction=direction, mixture=0.3)
         settings = SupervisedConfig(loss="label_smoothed", args={"smoothing": SMOOTHING})
         algorithm = AlgorithmConfig(kl=kl, supervised=settings)
-        objective = SupervisedObjective(algorithm, batch.counts, NORM, resolve_supervised_loss(settings))
-        extras = [exact_kl_of(kl, states, mean_log_probs=True)]
-        yield f"smoothed_{direction.value}", _update(policy, batch, objective, extras)
+        objective = SupervisedObjective(algorithm, batch.counts, NORM, resolve_supervised_loss(settings), reference)
+        yield f"smoothed_{direction.value}", _update(policy, batch, objective)
     for name, args in (("sft", {}), ("focal", {"gamma": 2.0})):
         plain = AlgorithmConfig(supervised=SupervisedConfig(loss=name, args=args))
         loss = resolve_supervised_loss(plain.supervised)
         yield name, _update(policy, batch, SupervisedObjective(plain, batch.counts, NORM, loss))
     algorithm = AlgorithmConfig(kl=KLConfig(coefficient=KL_COEFFICIENT, estimator=KLEstimator.exact))
-    yield "ppo_exact_kl", _update(policy, batch, _gradient(algorithm, batch), [exact_kl_of(algorithm.kl, states)])
+    yield "ppo_exact_kl", _update(policy, batch, _gradient(algorithm, batch, reference))
 
 
 def _of_actor_critic(model: ActorCritic, tokens: int) -> Iterator[tuple[str, dict[str, float]]]:
@@ -211,10 +208,18 @@ def value_weights(hidden_size: int) -> torch.Tensor:
     return torch.linspace(-0.5, 0.5, hidden_size)
 
 
-def _gradient(algorithm: AlgorithmConfig, batch: MiniBatch) -> PolicyGradientObjective:
+def _gradient(
+    algorithm: AlgorithmConfig, batch: MiniBatch, reference: ReferenceLogits | None = None
+) -> PolicyGradientObjective:
     loss = resolve_policy_loss(algorithm.policy_loss)
     return PolicyGradientObjective(
-        algorithm, batch.counts, NORM, policy_loss=loss, on_policy=False, kl_coefficient=algorithm.kl.coefficient
+        algorithm,
+        batch.counts,
+        NORM,
+        policy_loss=loss,
+        on_policy=False,
+        kl_coefficient=algorithm.kl.coefficient,
+        reference=reference,
     )
 
 

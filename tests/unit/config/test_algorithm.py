@@ -93,6 +93,19 @@ def test_what_is_sound_passes(keys: Sequence[str], tmp_path: Path) -> None:
             "algorithm.kl.weighted: given True, allowed: false with algorithm.kl.estimator=exact: no samples",
         ),
         (
+            ("algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=exact", "algorithm.policy_loss.name=gspo"),
+            "algorithm.policy_loss.name: given 'gspo', allowed: a built-in loss of tokens with "
+            "algorithm.kl.estimator=exact",
+        ),
+        (
+            ("algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=exact", "algorithm.critic.shared=true"),
+            "algorithm.critic.shared: given True, allowed: false with algorithm.kl.estimator=exact",
+        ),
+        (
+            ("recipe=sft", "algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=exact", "algorithm.kl.place=reward"),
+            "algorithm.kl.place: given 'reward', allowed: loss with algorithm.kl.estimator=exact",
+        ),
+        (
             ("recipe=sft", "algorithm.kl.coefficient=0.1"),
             "algorithm.kl.estimator: given 'k3', allowed: exact with recipe sft and a coefficient",
         ),
