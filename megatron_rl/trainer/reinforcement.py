@@ -20,6 +20,7 @@ from megatron_rl.trainer import evaluation
 from megatron_rl.trainer.advantages import add_advantages
 from megatron_rl.trainer.collection import Collection
 from megatron_rl.trainer.convergence import convergence_metrics
+from megatron_rl.trainer.engines import place_engine
 from megatron_rl.trainer.estimators import needs_critic, resolve_estimator
 from megatron_rl.trainer.kl_penalty import KLPenalty
 from megatron_rl.trainer.learned_reward import LearnedReward
@@ -28,7 +29,7 @@ from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.objectives import PolicyGradientObjective, ValueObjective
 from megatron_rl.trainer.policy_losses import resolve_policy_loss
 from megatron_rl.trainer.rollout_log import write_rollouts
-from megatron_rl.trainer.rollouts import RolloutWorker, draw_seeds, place_engine, training_sampling
+from megatron_rl.trainer.rollouts import RolloutWorker, draw_seeds, training_sampling
 from megatron_rl.trainer.sample_report import sample_metrics, sample_records
 from megatron_rl.trainer.sync import WeightSync
 from megatron_rl.trainer.tokenizer import load_tokenizer
@@ -82,11 +83,11 @@ class Reinforcement:
         self.kl = KLPenalty(config.algorithm.kl, self.training.reference, self.training.state)
         self.learned_reward = LearnedReward(config, groups, tokenizer) if config.rewards.model.hf_path else None
         self.sampling = training_sampling(rollout.sampling)
-        longest = rollout.max_model_len or limit + rollout.sampling.max_response_tokens
-        engine = place_engine(config, layout, groups, max_model_len=longest)
+        engine = place_engine(config, layout, groups)
         self.worker = RolloutWorker(engine, rewards, layout, groups, config=config.rewards)
         self._sync = WeightSync(self.training, engine, layout, self.prompts)
         self.training.after_rollback = self.sync_weights
+        self.worker.bring_back = lambda: self._sync(self._sync.version)
 
     @property
     def on_policy(self) -> bool:

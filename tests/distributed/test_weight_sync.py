@@ -32,12 +32,15 @@ NUM_TOKENS = 8
 # vLLM's CPU kernel of the rotary embedding is wrong for latent attention's heads; its own fallback is right.
 _WITHOUT_KERNEL: dict[str, Any] = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 ENGINE_ARGS = dict.fromkeys(("deepseek_v2", "deepseek_v3", "moonlight"), _WITHOUT_KERNEL)
-LAYOUTS = {
-    "tp2": dict(tensor_model_parallel_size=2),
+# Megatron-Core wants sequence parallelism of models with experts at tensor parallel; the others take it as well.
+_TENSOR = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": _TENSOR,
     "pp2": dict(pipeline_model_parallel_size=2),
     "dp2": {},
     "ep2": dict(expert_model_parallel_size=2),
-    "tp2_pp2": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    "tp2_ep2": dict(**_TENSOR, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
+    "tp2_pp2": dict(**_TENSOR, pipeline_model_parallel_size=2),
 }
 SHAPES: dict[str, dict[str, Any]] = {name: {} for name in FAMILIES} | {"llama_one_group": {"num_key_value_heads": 1}}
 
@@ -64,7 +67,9 @@ def sync_in_rank(
     sync_config = SyncConfig(verify=SyncVerify.full, bucket_megabytes=0.05, timeout_seconds=60)
     for family, (first, *others) in folders.items():
         policy = Policy(ModelConfig(hf_path=str(first), params_dtype=Dtype.float32), groups, parallel)
-        training = cast(Any, SimpleNamespace(config=Config(sync=sync_config), policy=policy, pad_to_multiple=1))
+        training = cast(
+            Any, SimpleNamespace(config=Config(sync=sync_config), policy=policy, pad_to_multiple=groups.tp.size())
+        )
         for size in engine_sizes:
             engine = RolloutEngine(
                 model_path=first,

@@ -21,7 +21,10 @@ from tests.distributed.spawn import run_ranks
 from tests.distributed.test_weight_sync import LOG_PROB_TOLERANCE, by_transformers, make_prompts
 from tests.e2e.runs import Run
 
-ARGUMENTS = "--dtype float32 --max-num-seqs 8 --enforce-eager --kv-cache-memory-bytes 20000000 --block-size 32"
+ARGUMENTS = (
+    "--dtype float32 --max-num-seqs 8 --enforce-eager --kv-cache-memory-bytes 20000000 --block-size 32 "
+    "--max-model-len 64 --logprobs-mode processed_logprobs --enable-scale-out"
+)
 
 
 def in_rank(rank: int, folders: list[Path], shared: Path, faults: bool) -> dict[str, Any]:
@@ -29,6 +32,7 @@ def in_rank(rank: int, folders: list[Path], shared: Path, faults: bool) -> dict[
     from megatron_rl.engine.initialize import initialize
     from megatron_rl.engine.policy import Policy
     from megatron_rl.rollout.remote import NoEngine, RemoteEngine
+    from megatron_rl.rollout.server import EngineServer
     from megatron_rl.trainer.remote_sync import RemoteSync
     from megatron_rl.trainer.sync import plan_sync, trained_ranks
     from megatron_rl.weights.holders import EngineRanks
@@ -42,16 +46,11 @@ def in_rank(rank: int, folders: list[Path], shared: Path, faults: bool) -> dict[
     plan = plan_sync(policy, trained, engines, bucket_bytes=50_000)
     engine = None
     if rank == 0:
-        engine = RemoteEngine(
-            model_path=folders[0],
-            arguments=ARGUMENTS.split(),
-            folder=shared,
-            log=shared / "engine.log",
-            decode=str,
-            max_model_len=64,
-        )
+        server = EngineServer(folders[0], ARGUMENTS.split(), log=shared / "engine.log")
+        server.ready()
+        engine = RemoteEngine(server, folder=shared, decode=str, max_model_len=64)
     config = SyncConfig(verify=SyncVerify.full, timeout_seconds=20)
-    sync = RemoteSync(policy, plan, engines, config, engine=engine or NoEngine(shared), number=0, folder=shared)
+    sync = RemoteSync(policy, plan, engines, config, engine=engine or NoEngine(shared), number=0)
     out: dict[str, Any] = {"states": []}
 
     def synced(folder: Path, version: int) -> None:
@@ -83,7 +82,7 @@ def in_rank(rank: int, folders: list[Path], shared: Path, faults: bool) -> dict[
 
 
 def refusal(engine: Any, path: str) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", engine.server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", engine.server.address.port, timeout=10)
     connection.request("GET", path, headers={"Authorization": "Bearer guessed"})
     return connection.getresponse().status
 
