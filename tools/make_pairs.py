@@ -20,7 +20,8 @@ from megatron_rl.data.datasets import load_prompts
 from megatron_rl.data.samples import Sample
 from megatron_rl.rewards.registry import resolve_rewards
 from megatron_rl.rewards.scoring import score
-from megatron_rl.trainer.rollouts import build_engine, draw_seeds, training_sampling
+from megatron_rl.trainer.engines import build_engine
+from megatron_rl.trainer.rollouts import draw_seeds, training_sampling
 from megatron_rl.trainer.tokenizer import load_tokenizer
 
 

@@ -351,9 +351,10 @@ class RolloutConfig:
     """Generation with vLLM."""
 
     placement: EnginePlacement = EnginePlacement.colocated
-    """Engines inside the training ranks, or vLLM servers in processes of their own, on this machine."""
+    """Engines inside the training ranks, or vLLM servers in processes of their own: on this machine, or in the last
+    tasks of a Slurm job, tensor_model_parallel_size of them for each."""
     num_engines: int = 1
-    """With placement disaggregated: engines, each started and driven by one of the first training ranks."""
+    """With placement disaggregated: engines, each driven by one of the first training ranks."""
     in_flight: InFlight = InFlight.keep
     """With placement disaggregated: requests that run while weights change go on with the new ones (keep), end first
     (wait), or are ended (abort)."""
@@ -395,7 +396,8 @@ class SyncConfig:
     """How disaggregated engines get their weights: through a folder, or over the network, by TCP. auto: through one if
     all ranks and engines are on one machine or `folder` names one."""
     folder: str | None = None
-    """Folder of that transport; null: this machine's shared memory."""
+    """Folder of that transport; null: this machine's shared memory, or the run's folder if a Slurm job has tasks for
+    engines."""
     delta: float = 0.0
     """Disaggregated engines are sent only the elements that have changed where these are at most this share of a
     message, which takes both sides memory for a copy of what is sent; 0: always all elements, and no copy."""
@@ -743,7 +745,7 @@ class SlurmConfig:
     nodes: int = 1
     """Nodes of the job."""
     ntasks_per_node: int = 8
-    """Ranks of a node: one per GPU, or per CPU slot."""
+    """Tasks of a node: one per GPU, or per CPU slot. Each is a training rank or, at the end, part of an engine."""
     gpus_per_node: int | None = None
     """GPUs of a node; null: the partition's default."""
     cpus_per_task: int | None = None
