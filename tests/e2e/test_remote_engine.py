@@ -18,7 +18,7 @@ from megatron_rl.config.schema import Dtype, ModelConfig, ParallelConfig, SyncCo
 from megatron_rl.rollout.sampling import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.distributed.spawn import run_ranks
-from tests.distributed.test_weight_sync import LOG_PROB_TOLERANCE, by_transformers, make_prompts
+from tests.distributed.weight_sync_ranks import LOG_PROB_TOLERANCE, by_transformers, make_prompts
 from tests.e2e.runs import Run
 
 ARGUMENTS = (
