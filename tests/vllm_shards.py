@@ -90,4 +90,10 @@ def vllm_shards(
             or "norm" in module
         ):
             out[name] = x
+        if last == "sinks":
+            out[name] = rows(x)
+    if any(name.endswith(".sinks") for name in out):  # GPT-OSS, where vLLM has two names of its own
+        own = {"model.embed_tokens.": "model.embedding.", ".self_attn.": ".attn."}
+        for theirs, ours in own.items():
+            out = {name.replace(theirs, ours): x for name, x in out.items()}
     return out

@@ -128,6 +128,7 @@ class QuantizedFormat(Enum):
     """Formats of quantised weights; see `weights/quantization.py`."""
 
     fp8 = "fp8"
+    fp8_block = "fp8_block"
     int8 = "int8"
     int4 = "int4"
     nvfp4 = "nvfp4"
