@@ -48,6 +48,7 @@ RANGES = {
     "rollout.max_mismatch": "(0, inf)",
     "rollout.gpu_memory_utilization": "(0, 1]",
     "sync.bucket_megabytes": "(0, inf)",
+    "sync.delta": "[0, 1]",
     "sync.timeout_seconds": "(0, inf)",
     "sync.verify_tolerance": "(0, inf)",
     "algorithm.advantage.std_epsilon": "(0, inf)",

@@ -159,6 +159,7 @@ class QuantizedFormat(Enum):
     """Formats of quantised weights; see `weights/quantization.py`."""
 
     fp8 = "fp8"
+    fp8_block = "fp8_block"
     int8 = "int8"
     int4 = "int4"
     nvfp4 = "nvfp4"
@@ -185,6 +186,14 @@ class SyncVerify(Enum):
     off = "off"
     sample = "sample"
     full = "full"
+
+
+class SyncTransport(Enum):
+    """The way of weights to engines in processes of their own."""
+
+    auto = "auto"
+    folder = "folder"
+    network = "network"
 
 
 class AdamImplementation(Enum):
@@ -419,9 +428,15 @@ class SyncConfig:
 
     bucket_megabytes: float = 256.0
     """Weights travel in buckets of at most this size (a single larger tensor travels alone)."""
+    transport: SyncTransport = SyncTransport.auto
+    """How disaggregated engines get their weights: through a folder, or over the network, by TCP. auto: through one if
+    all ranks and engines are on one machine or `folder` names one."""
     folder: str | None = None
-    """Folder through which disaggregated engines get their weights; null: this machine's shared memory, or the run's
-    folder if a Slurm job has tasks for engines."""
+    """Folder of that transport; null: this machine's shared memory, or the run's folder if a Slurm job has tasks for
+    engines."""
+    delta: float = 0.0
+    """Disaggregated engines are sent only the elements that have changed where these are at most this share of a
+    message, which takes both sides memory for a copy of what is sent; 0: always all elements, and no copy."""
     timeout_seconds: float = 300.0
     """Limit of any wait for a peer's weights."""
     verify: SyncVerify = SyncVerify.off

@@ -26,7 +26,8 @@ from megatron_rl.config.schema import QuantizedFormat
 from megatron_rl.data.samples import Completion, Prompt
 from megatron_rl.rollout.isolation import guest, random_states_kept
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
-from megatron_rl.weights.exchange import EngineShard, Loader, OnFilled
+from megatron_rl.weights.exchange import Loader, OnFilled
+from megatron_rl.weights.orders import EngineShard
 
 
 class RolloutEngine:
