@@ -135,9 +135,11 @@ class Reinforcement:
             self.training.minibatch(sequences, range(start, start + size)) for start in range(0, len(sequences), size)
         ]
         rows = _rows(batches)
+        policy, recorded = self.training.policy, self.config.rollout.record_routes
+        if recorded:
+            policy.routing.take(rows, [routes for s in samples if (routes := s.completion.routes) is not None])
         if not self.on_policy or self.kl.in_reward:
-            policy = self.training.policy
-            with policy.routing.recording():
+            with policy.routing.replaying() if recorded else policy.routing.recording():
                 outputs = forward_log_probs(policy, rows, temperature=self.sampling.temperature)
             for row, (log_probs, _) in zip(rows, outputs, strict=True):
                 row.per_token["old_log_probs"] = log_probs

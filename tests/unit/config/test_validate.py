@@ -166,7 +166,7 @@ def test_what_is_sound_passes(empty: Path, keys: Sequence[str], world_size: int 
         ),
         (
             ["parallel.expert_tensor_parallel_size=2", "parallel.data_parallel_size=2"],
-            "parallel.expert_tensor_parallel_size: given 2, allowed: 1 (tensor_model_parallel_size) with expert_model",
+            "parallel.expert_tensor_parallel_size: given 2, allowed: 1 for a model without experts",
         ),
         (
             ["parallel.expert_model_parallel_size=2", "parallel.data_parallel_size=2"],
