@@ -103,8 +103,8 @@ KEPT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("nemotron", {}, {}),
     ("qwen3_moe", {"expert_model_parallel_size": 2}, {}),
 ]
-# The estimate is of the large tensors. Left out are indices, probabilities of routing and sums of norms, of the size of a
-# channel or of an expert beside hundreds of channels here; and experts do not get equally many tokens.
+# The estimate is of the large tensors. Indices, sums of norms and probabilities of routing are left out, one for a
+# token or one for each expert beside hundreds of channels; and experts do not get equally many tokens.
 ACTIVATIONS_RELATIVE = 0.1
 
 
