@@ -250,12 +250,17 @@ class Stepper:
 def whole_gradients(policy: Policy) -> dict[str, torch.Tensor]:
     """Every gradient under its Hugging Face name, put together from the shards of all ranks; {} but on rank 0."""
     groups, place = policy.groups, Place.of(policy.groups)
-    mine = {name: p.main_grad for name, p in policy.parameters.items() if hasattr(p, "main_grad")}
+    # As arrays: a tensor travels through a file of its own.
+    mine = {name: p.main_grad.numpy() for name, p in policy.parameters.items() if hasattr(p, "main_grad")}
     of_ranks: list[Any] | None = [None] * groups.world.size() if groups.world.rank() == 0 else None
     dist.gather_object((place, mine), of_ranks)
     gradients: dict[str, torch.Tensor] = {}
     for tensor_map in policy.maps if of_ranks else []:
-        shards = {p.in_group_of(tensor_map)[0]: g[tensor_map.name] for p, g in of_ranks or [] if tensor_map.name in g}
+        shards = {
+            p.in_group_of(tensor_map)[0]: torch.from_numpy(g[tensor_map.name])
+            for p, g in of_ranks or []
+            if tensor_map.name in g
+        }
         if shards:
             gradients |= {
                 name: whole.clone() for name, whole in assemble(tensor_map, [shards[i] for i in sorted(shards)])
