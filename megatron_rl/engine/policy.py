@@ -117,7 +117,7 @@ class Policy:
             for gpt in self.models:
                 fake_quantize(gpt, model.quantization)
         self._install_head()
-        self.routing = RoutingReplay(self.models)
+        self.routing = RoutingReplay(self.models, groups)
         self.parameters = local_parameters(self.models)
         check_table(self.parameters, self.maps, Place.of(groups))
         if model.load_weights:
