@@ -24,6 +24,19 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read or written."""
 
 
+def cannot_write(folder: Path, error: BaseException) -> CheckpointError | None:
+    """What to tell the user if an error came from the operating system (no room, no permission); None if it did not.
+
+    Libraries wrap such an error in one of their own that does not say it; the chain of causes is followed.
+    """
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OSError):
+        inner = inner.__cause__ or inner.__context__
+    if inner is None or inner.strerror is None:
+        return None
+    return CheckpointError(f"{folder} cannot be written: {inner.strerror}; nothing was written")
+
+
 def iteration_folder(checkpoints: Path, step: int) -> Path:
     """Where the state after `step` steps lies."""
     return checkpoints / f"iter_{step:07d}"
