@@ -31,7 +31,7 @@ from tqdm import tqdm
 from megatron_rl.checkpoint.folders import LATEST, CheckpointError, cannot_write, iteration_folder, latest_step
 from megatron_rl.checkpoint.hf_export import checkpoint_dtype, together, written_config, written_dtypes
 from megatron_rl.checkpoint.integrity import check_files, loading
-from megatron_rl.checkpoint.stored_names import tensors_to_load, tensors_to_save
+from megatron_rl.checkpoint.stored_names import names_of, tensors_to_load, tensors_to_save
 from megatron_rl.checkpoint.verify import check_verifiable, largest_difference
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import check_weights, read_json_object, read_model_shape
@@ -233,8 +233,7 @@ def _check_model(
     folder: Path, shapes: dict[str, tuple[int, ...]], template: dict[str, Any], hf: dict[str, Any]
 ) -> None:
     """Raise CheckpointError unless the checkpoint holds the model of config.json, no tensor more or less."""
-    # One description can stand for a part of a tensor, or for a factory of such parts.
-    expected = {entry.key for entry in template.values()}
+    expected = {name for entry in template.values() for name in names_of(entry)}
     stored = {name for name in shapes if name.startswith(_MODEL_PARTS)}
     for names, what in ((expected - stored, "is missing"), (stored - expected, "is unknown to the model")):
         if names:

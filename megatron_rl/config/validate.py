@@ -20,6 +20,7 @@ from megatron_rl.config.hf_checkpoint import (
     ModelShape,
     check_tokenizer,
     check_weights,
+    read_json_object,
     read_model_shape,
 )
 from megatron_rl.config.load import shown
@@ -96,6 +97,8 @@ def validate(
     shape = read_model_shape(Path(config.model.hf_path))
     check_model(config, shape, generates=generates, architectures=architectures)
     check_files(config)
+    if generates:
+        _check_stored_form(Path(config.model.hf_path))
 
 
 def number_of_engines(config: Config, num_ranks: int) -> int:
@@ -201,6 +204,15 @@ def check_files(config: Config) -> None:
     for key, file in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if file is not None and not Path(file).is_file():
             _refuse(key, file, "an existing file")
+
+
+def _check_stored_form(folder: Path) -> None:
+    """An engine keeps quantised weights as they are stored, and could not take the policy's, which are not."""
+    quantized = read_json_object(folder / "config.json", "model.hf_path").get("quantization_config")
+    if quantized:
+        allowed = "one that is not, such as `megatron-rl convert` makes of it, to Megatron and back"
+        given = f"'{folder}', whose weights are quantised ({quantized.get('quant_method')})"
+        raise ConfigError(f"model.hf_path: given {given}, allowed: {allowed}")
 
 
 def _check_experts(config: Config, shape: ModelShape) -> None:
