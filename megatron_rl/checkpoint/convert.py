@@ -158,8 +158,9 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path, verify: boo
         partial = output.with_name(f".{output.name}.partial")
         together(output, lambda: plan.create(begin(output)))
         together(output, lambda: model.write(plan, partial))
-        together(output, lambda: complete(partial, output, source=hf_path, config=written_config(hf_path, hf)))
-        return largest_difference(model.gpt, output, hf) if verify else None
+        written = written_config(hf_path, hf)
+        together(output, lambda: complete(partial, output, source=hf_path, config=written))
+        return largest_difference(model.gpt, output, written or hf) if verify else None
 
 
 @contextmanager
