@@ -125,9 +125,8 @@ def main() -> None:
         copies.append(copy_seconds(source, Path(root, "copy")))
         same = all((source / f.name).read_bytes() == (output / f.name).read_bytes() for f in plan.files)
     megabytes, copied = plan.num_bytes / 1e6, sum(copies) / len(copies)
-    print(
-        f"{megabytes:.0f} MB in {len(plan.files)} files; copied at {', '.join(f'{megabytes / s:.0f}' for s in copies)} MB/s"
-    )
+    speeds = " and ".join(f"{megabytes / seconds:.0f}" for seconds in copies)
+    print(f"{megabytes:.0f} MB in {len(plan.files)} files; copied at {speeds} MB/s")
     for way in ("import", "export"):
         speed = megabytes / max(rank[f"{way}_s"] for rank in ranks)
         print(f"{way}: {speed:.0f} MB/s, {speed * copied / megabytes:.2f} of the copy")
