@@ -20,6 +20,7 @@ from megatron_rl.config.hf_checkpoint import (
     ModelShape,
     check_tokenizer,
     check_weights,
+    read_json_object,
     read_model_shape,
 )
 from megatron_rl.config.load import shown
@@ -97,6 +98,8 @@ def validate(
     shape = read_model_shape(Path(config.model.hf_path))
     check_model(config, shape, generates=generates, architectures=architectures)
     check_files(config)
+    if generates:
+        _check_stored_form(Path(config.model.hf_path))
 
 
 def number_of_engines(config: Config, num_ranks: int) -> int:
@@ -225,6 +228,15 @@ def _check_recorded_routes(config: Config) -> None:
         _refuse("rollout.record_routes", True, "false with rollout.placement=disaggregated")
     if not config.rollout.enforce_eager:
         _refuse("rollout.record_routes", True, "false without rollout.enforce_eager: graphs do not tell their routes")
+
+
+def _check_stored_form(folder: Path) -> None:
+    """An engine keeps quantised weights as they are stored, and could not take the policy's, which are not."""
+    quantized = read_json_object(folder / "config.json", "model.hf_path").get("quantization_config")
+    if quantized:
+        allowed = "one that is not, such as `megatron-rl convert` makes of it, to Megatron and back"
+        given = f"'{folder}', whose weights are quantised ({quantized.get('quant_method')})"
+        raise ConfigError(f"model.hf_path: given {given}, allowed: {allowed}")
 
 
 def _check_experts(config: Config, shape: ModelShape) -> None:
