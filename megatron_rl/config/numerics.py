@@ -125,9 +125,11 @@ def _check_fp8(config: Config) -> None:
 
 def _check_quantization(config: Config) -> None:
     model, rollout = config.model, config.rollout
-    for key, format in (("model.quantization", model.quantization), ("rollout.quantization", rollout.quantization)):
-        if format is not None and format not in _TRAINABLE:
-            _refuse(key, format, "fp8, int8; `megatron-rl quantize` makes checkpoints of the others")
+    others = "; `megatron-rl quantize` makes checkpoints of the others"
+    if model.quantization is not None and model.quantization not in _TRAINABLE:
+        _refuse("model.quantization", model.quantization, f"fp8, int8{others}")
+    if rollout.quantization not in (None, QuantizedFormat.fp8_block, *_TRAINABLE):
+        _refuse("rollout.quantization", rollout.quantization, f"fp8, fp8_block, int8{others}")
     if model.quantization is None:
         if rollout.quantization is not None and config.sync.verify is not SyncVerify.off:
             allowed = "off with rollout.quantization unless model.quantization is the same: log-probs differ"

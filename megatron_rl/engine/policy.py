@@ -1,11 +1,13 @@
 """The policy: this rank's shard of a Megatron-Core model, with the table that says what its tensors are elsewhere."""
 
+import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
@@ -116,7 +118,7 @@ class Policy:
             for gpt in self.models:
                 fake_quantize(gpt, model.quantization, groups.tp)
         self._install_head()
-        self.routing = RoutingReplay(self.models)
+        self.routing = RoutingReplay(self.models, groups)
         self.parameters = local_parameters(self.models)
         check_table(self.parameters, self.maps, Place.of(groups))
         if model.load_weights:
@@ -156,6 +158,9 @@ class Policy:
         """
         reader = HFCheckpointReader(folder)
         reader.check(self.maps)
+        left_out = reader.left_out()
+        if left_out is not None and dist.get_rank() == 0:
+            print(f"megatron-rl: {left_out}", file=sys.stderr, flush=True)
         with torch.no_grad():
             self._read_shards(reader, self.maps)
             self._share_tied_embedding(reader)

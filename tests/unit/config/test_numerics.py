@@ -94,7 +94,10 @@ QAT = {"model__quantization": QuantizedFormat.fp8, "rollout__quantization": Quan
         ({**FP8, "model__fp8_param": True, "algorithm__kl__coefficient": 0.1}, "false with algorithm.kl.coefficient"),
         ({**FP8, **QAT}, "model.quantization: given fp8, allowed: null with model.fp8"),
         ({"model__quantization": QuantizedFormat.nvfp4}, "model.quantization: given nvfp4, allowed: fp8, int8"),
-        ({"rollout__quantization": QuantizedFormat.int4}, "rollout.quantization: given int4, allowed: fp8, int8"),
+        (
+            {"rollout__quantization": QuantizedFormat.int4},
+            "rollout.quantization: given int4, allowed: fp8, fp8_block, int8",
+        ),
         ({"model__quantization": QuantizedFormat.fp8}, "rollout.quantization: given null, allowed: fp8, as model"),
         ({**QAT, "rollout__quantization": QuantizedFormat.int8}, "rollout.quantization: given int8, allowed: fp8"),
         (
