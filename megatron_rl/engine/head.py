@@ -7,12 +7,14 @@ to the embedding, that is the embedding's weight, or the last pipeline stage's c
 The weight's gradient goes straight into `main_grad`, the float32 buffer that core's DistributedDataParallel reduces.
 Autograd is told of no gradient then; where the weight is not an embedding too, whose gradient autograd brings, a
 stand-in without memory tells DistributedDataParallel's hook that the parameter is done.
+
+What some algorithms want of the hidden states besides, the values of a critic, is an `Extra` of a pass.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -37,8 +39,22 @@ class TokenLoss:
     """[P] each, without gradient: what losses of whole distributions give beside."""
 
 
+class Extra(Protocol):
+    """What a pass computes from the last hidden states besides log-probs and entropy."""
+
+    names: tuple[str, ...]
+    """Of its outputs, by which the objective finds them in `row.per_token`."""
+
+    def __call__(self, gpt: GPTModel, hidden: Tensor) -> Tensor:
+        """[len(names), P] float32 of hidden states [P, H], or this rank's [P/tp, H] under sequence parallelism."""
+        ...
+
+
 class LogProbHead:
-    """Runs a model's last stage and gives log-probs and entropy; `temperature` is set before each pass."""
+    """Runs a model's last stage and gives log-probs and entropy; `temperature` and `extras` are set before a pass."""
+
+    names = ("log_probs", "entropy")
+    """Of the outputs that objectives get as arguments."""
 
     def __init__(self, gpt: GPTModel, groups: Groups, vocab_size: int) -> None:
         """Args:
@@ -50,6 +66,7 @@ class LogProbHead:
         self.groups = groups
         self.vocab_size = vocab_size
         self.temperature = 1.0
+        self.extras: Sequence[Extra] = ()
 
     @property
     def weight(self) -> Any:
@@ -67,10 +84,10 @@ class LogProbHead:
         Args:
             forward: runs the model.
             labels: [P] int64.
-            token_losses: the loss, if it is to be differentiated in this forward pass.
+            token_losses: the loss, if it is to be differentiated in this forward pass; without extras.
 
         Returns:
-            [2, P] float32, nats: log-probs and entropy; with token_losses the loss.
+            [2 or more, P] float32: log-probs and entropy, nats, and what the extras give; with token_losses the loss.
         """
         hidden = self.hidden_states(forward)
         weight = self.weight
@@ -85,10 +102,11 @@ class LogProbHead:
         )
         if trains and token_losses is not None:
             values: dict[str, Tensor] = {}
+            assert not self.extras
             if isinstance(token_losses, OfLogits):
                 losses = _with_outputs(token_losses)
                 loss, values = fused_linear_logits_loss(hidden, weight, labels, losses, **arguments)
-                outputs = [values.pop(name) for name in _OUTPUTS]
+                outputs = [values.pop(name) for name in self.names]
             else:
                 loss, *outputs = fused_linear_token_loss(hidden, weight, labels, token_losses, **arguments)
             self._announce(loss, main_grad)
@@ -96,7 +114,8 @@ class LogProbHead:
         log_probs, entropy = fused_linear_log_probs(hidden, weight, labels, **arguments)
         assert entropy is not None
         self._announce(log_probs, main_grad)
-        return torch.stack([log_probs, entropy])
+        extras = [extra(self.gpt, hidden) for extra in self.extras]
+        return torch.cat([torch.stack([log_probs, entropy]), *extras])
 
     def hidden_states(self, forward: Callable[[], Tensor]) -> Tensor:
         """[P, H] after the last norm, under sequence parallelism [P/tp, H]: what the output layer is applied to."""
@@ -132,15 +151,12 @@ class LogProbHead:
         output.grad_fn.register_hook(mark)
 
 
-_OUTPUTS = ("log_probs", "entropy")
-
-
 def _with_outputs(of_logits: OfLogits) -> Callable[[ShardedLogits], tuple[Tensor, dict[str, Tensor]]]:
     """The losses, with log-probs and entropy among their values."""
 
     def losses(logits: ShardedLogits) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            outputs = dict(zip(_OUTPUTS, logits.log_probs(), strict=True))
+            outputs = dict(zip(LogProbHead.names, logits.log_probs(), strict=True))
         found, values = of_logits.losses(logits, logits.slots)
         return found, values | outputs
 

@@ -21,8 +21,8 @@ def test_smoothed_labels_and_a_teacher(tmp_path: Path) -> None:
         checkpoint={"save_interval": 0},
         evaluation={"interval": 0},
         algorithm={
-            "supervised": {"loss": "label_smoothed", "args": {"smoothing": 0.1}, "divergence": "forward"},
-            "kl": {"coefficient": 2.0, "reference_path": "teacher"},
+            "supervised": {"loss": "label_smoothed", "args": {"smoothing": 0.1}},
+            "kl": {"coefficient": 2.0, "reference_path": "teacher", "estimator": "exact", "direction": "forward"},
         },
     )
     file = tmp_path / "run.yaml"
