@@ -23,13 +23,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from megatron_rl.checkpoint.folders import LATEST, CheckpointError, iteration_folder, latest_step
+from megatron_rl.checkpoint.folders import LATEST, CheckpointError, cannot_write, iteration_folder, latest_step
 from megatron_rl.checkpoint.hf_export import checkpoint_dtype, together, written_config, written_dtypes
 from megatron_rl.checkpoint.integrity import check_files, loading
-from megatron_rl.checkpoint.stored_names import tensors_to_load, tensors_to_save
+from megatron_rl.checkpoint.stored_names import names_of, tensors_to_load, tensors_to_save
 from megatron_rl.checkpoint.verify import check_verifiable, largest_difference
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import check_weights, read_json_object, read_model_shape
@@ -95,8 +97,8 @@ def hf_to_megatron(*, hf_path: Path, output: Path, verify: bool = False) -> floa
         With `verify` the largest difference of a log-prob (of a classifier: a score) between the two; else None.
 
     Raises:
-        UserError: `output` has something in it; the checkpoint is not one of a supported model, or its files are
-            missing, damaged or not what config.json says.
+        UserError: `output` has something in it, or no room; the checkpoint is not one of a supported model, or its
+            files are missing, damaged or not what config.json says.
     """
     _refuse_occupied(output)
     hf = _read_config(hf_path)
@@ -110,13 +112,11 @@ def hf_to_megatron(*, hf_path: Path, output: Path, verify: bool = False) -> floa
         model = _WholeModel(hf, _held_dtype(reader, maps, hf))
         for tensor_map in model.shown("reading the Hugging Face files"):
             reader.read_shard(tensor_map, 0, 1, model.parameters[tensor_map.name])
-        partial = output.with_name(f".{output.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        folder = iteration_folder(partial, 0)
-        folder.mkdir(parents=True)
-        dist_checkpointing.save({"model": tensors_to_save(model.gpt)}, str(folder))
-        (partial / LATEST).write_text("0\n")
-        os.replace(partial, output)
+        with _whole_or_nothing(output) as partial:
+            folder = iteration_folder(partial, 0)
+            folder.mkdir(parents=True)
+            dist_checkpointing.save({"model": tensors_to_save(model.gpt)}, str(folder))
+            (partial / LATEST).write_text("0\n")
         return largest_difference(model.gpt, hf_path, hf) if verify else None
 
 
@@ -158,8 +158,9 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path, verify: boo
         partial = output.with_name(f".{output.name}.partial")
         together(output, lambda: plan.create(begin(output)))
         together(output, lambda: model.write(plan, partial))
-        together(output, lambda: complete(partial, output, source=hf_path, config=written_config(hf_path, hf)))
-        return largest_difference(model.gpt, output, hf) if verify else None
+        written = written_config(hf_path, hf)
+        together(output, lambda: complete(partial, output, source=hf_path, config=written))
+        return largest_difference(model.gpt, output, written or hf) if verify else None
 
 
 @contextmanager
@@ -171,6 +172,24 @@ def world_of_one() -> Iterator[Groups]:
         yield initialize(ParallelConfig(), seed=0)
     finally:
         finalize()
+
+
+@contextmanager
+def _whole_or_nothing(output: Path) -> Iterator[Path]:
+    """A folder that becomes `output` at the end of the context, or is deleted.
+
+    Raises:
+        CheckpointError: the operating system did not let it be written.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        yield partial
+        os.replace(partial, output)
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
+        raise cannot_write(output, error) or error from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _held_dtype(reader: HFCheckpointReader, maps: list[TensorMap], hf: dict[str, Any]) -> torch.dtype:
@@ -215,8 +234,7 @@ def _check_model(
     folder: Path, shapes: dict[str, tuple[int, ...]], template: dict[str, Any], hf: dict[str, Any]
 ) -> None:
     """Raise CheckpointError unless the checkpoint holds the model of config.json, no tensor more or less."""
-    # One description can stand for a part of a tensor, or for a factory of such parts.
-    expected = {entry.key for entry in template.values()}
+    expected = {name for entry in template.values() for name in names_of(entry)}
     stored = {name for name in shapes if name.startswith(_MODEL_PARTS)}
     for names, what in ((expected - stored, "is missing"), (stored - expected, "is unknown to the model")):
         if names:

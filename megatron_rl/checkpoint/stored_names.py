@@ -15,6 +15,9 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
 from megatron_rl.weights.local_shards import FUSED_NORMS
 
 _NUMBERED = re.compile(r"^decoder\.layers\.\d+\.")
@@ -50,6 +53,13 @@ def tensors_to_load(gpt: Any, stored: Collection[str], metadata: dict[str, Any] 
         if entry.key not in stored:
             entry.key = next((name for name in _same_norm(entry.key) if name in stored), entry.key)
     return entries
+
+
+def names_of(entry: Any) -> set[str]:
+    """The tensors of a checkpoint that a description takes its values from: one, or those of a factory's parts."""
+    if isinstance(entry, ShardedTensorFactory):
+        return {part.key for part in nested_values(entry.build())}
+    return {entry.key}
 
 
 def _weights(entries: dict[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,10 @@ def _load(folder: Path, hf: dict[str, Any], dtype: torch.dtype) -> Any:
             if per_token
             else (transformers.AutoModelForSequenceClassification)
         )
-    return kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **settings)
+    model = kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **settings)
+    for parameter in model.parameters():  # what transformers unpacks is bfloat16, whatever it was asked for
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:

@@ -234,8 +234,9 @@ class ModelConfig:
     layer_spec: LayerSpec = LayerSpec.auto
     """auto takes Transformer Engine where it is installed and a GPU is present, else the portable layers."""
     moe_routing_replay: bool = False
-    """Send the tokens of an update to the experts that the pass over the old policy chose; of use where a rollout is
-    trained on by more than one update. Only for models with experts."""
+    """Send the tokens of an update to the experts that the pass over the old policy chose, of use where a rollout is
+    trained on by more than one update; or with rollout.record_routes to those that the engine chose. Only for models
+    with experts."""
     recompute_granularity: str | None = None
     """Activation recomputation: null, 'selective' (core attention) or 'full' (whole layers)."""
     recompute_method: str | None = None
@@ -416,6 +417,9 @@ class RolloutConfig:
     quantization: QuantizedFormat | None = None
     """fp8 or int8: engines hold quantised weights and quantise their activations. Each sync rounds the policy's weights
     once. mismatch/* tells what it costs; with the same model.quantization, nothing."""
+    record_routes: bool = False
+    """Record the experts that the engine chose for each token, and send it there again in every pass over the policy.
+    Needs model.moe_routing_replay, colocated engines with enforce_eager, and does without the cache of prefixes."""
     max_mismatch: float | None = None
     """Stop the run when a step's mismatch/log_prob_abs_diff_mean, nats, is above this. null: never."""
     engine_args: dict[str, Any] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from megatron_rl.data.packing import PackedRow
 from megatron_rl.device import this_device
 from megatron_rl.engine.head import Extra, TokenLoss
 from megatron_rl.engine.policy import Policy
-from megatron_rl.engine.routing import scale_auxiliary_losses
+from megatron_rl.engine.routing import padding_mask, scale_auxiliary_losses
 from megatron_rl.engine.row_part import RowPart, parts_of_rows
 from megatron_rl.parallel.fused_linear_logits_loss import OfLogits
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
@@ -55,7 +55,8 @@ def _forward_step(
     parts: Iterator[RowPart], model: Any, *, policy: Policy, loss_fn: LossFunction | None, hidden: bool
 ) -> Any:
     part, chunk = next(parts), policy.chunks.index(model)
-    policy.routing.before(chunk, part.number)
+    policy.routing.before(chunk, part)
+    plain = getattr(model, "module", model)
     forward = partial(
         model,
         input_ids=part.tokens[None],
@@ -63,15 +64,15 @@ def _forward_step(
         attention_mask=None,
         labels=part.labels[None],
         packed_seq_params=part.packed_seq_params,
+        padding_mask=padding_mask(policy.config, policy.groups, part, first_chunk=plain.pre_process),
     )
-    is_last = getattr(model, "module", model).post_process
-    if is_last and hidden:
+    if plain.post_process and hidden:
         output = policy.head.hidden_states(forward)
-    elif is_last:
+    elif plain.post_process:
         output = policy.head(forward, part.labels, _token_losses(loss_fn, part))
     else:
         output = forward()
-    policy.routing.after(chunk, part.number)
+    policy.routing.after(chunk, part)
 
     def loss(output: Tensor | TokenLoss, non_loss_data: bool = False) -> Any:
         if hidden:
@@ -117,7 +118,7 @@ def _run(
     equal = bool(policy.config.num_moe_experts) and policy.config.moe_token_dispatcher_type == "allgather"
     parts = parts_of_rows(rows, policy.groups, multiple=policy.row_multiple, equal=equal)
     if not forward_only:
-        scale_auxiliary_losses(policy.config, policy.groups, sum(len(part.row.tokens) for part in parts))
+        scale_auxiliary_losses(policy.config, policy.groups, sum(part.num_tokens for part in parts))
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, policy=policy, loss_fn=loss_fn, hidden=hidden),
         data_iterator=[iter(parts) for _ in policy.chunks] if len(policy.chunks) > 1 else iter(parts),

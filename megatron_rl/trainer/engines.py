@@ -50,6 +50,7 @@ def build_engine(
         seed=seed,
         quantization=config.quantization,
         batch_invariant=batch_invariant,
+        record_routes=config.record_routes,
         engine_args=config.engine_args,
     )
 

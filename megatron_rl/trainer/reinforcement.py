@@ -142,16 +142,18 @@ class Reinforcement:
             self.training.minibatch(sequences, range(start, start + size)) for start in range(0, len(sequences), size)
         ]
         rows = _rows(batches)
+        policy, recorded = self.training.policy, self.config.rollout.record_routes
+        if recorded:
+            policy.routing.take(rows, [routes for s in samples if (routes := s.completion.routes) is not None])
         is_exact = self.config.algorithm.kl.estimator is KLEstimator.exact
         if not self.on_policy or self.kl.in_reward or self.values or is_exact:
-            policy = self.training.policy
-            with policy.routing.recording():
+            with policy.routing.replaying() if recorded else policy.routing.recording():
                 outputs = forward_outputs(policy, rows, temperature=self.sampling.temperature, extras=self.values)
             for row, of_row in zip(rows, outputs, strict=True):
                 row.per_token["old_log_probs"] = of_row["log_probs"]
                 if NEW_VALUES in of_row:
                     row.per_token["values"] = of_row[NEW_VALUES]
-        self.kl.add_log_probs(rows, policy=self.training.policy, temperature=self.sampling.temperature)
+        self.kl.add_log_probs(rows, policy=policy, temperature=self.sampling.temperature)
         if self.training.critic is not None:
             self.training.critic.add_values(rows)
         return batches

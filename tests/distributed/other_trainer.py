@@ -93,7 +93,11 @@ def _build(sizes: dict[str, int], experts: bool) -> tuple[Any, Any]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe import moe_utils
 
+    for name in ("te_general_gemm", "fused_topk_with_score_function"):  # core only names them beside Transformer Engine
+        if not hasattr(moe_utils, name):
+            setattr(moe_utils, name, None)
     config = TransformerConfig(
         **SHAPE,
         **(EXPERTS if experts else {}),

@@ -165,6 +165,18 @@ def test_a_critic_on_the_backbone_goes_on_at_other_layouts(tmp_path: Path, hf_pa
 
 
 @pytest.mark.slow
+def test_experts_go_on_at_other_layouts(tmp_path: Path) -> None:
+    """Split over ranks whole, by their matrices, or otherwise than the rest of a layer."""
+    experts = make_checkpoint(tmp_path / "hf", "qwen3_moe", seed=3, hidden_size=64)
+    (expected,) = run_ranks(run_stages, 1, experts, tmp_path / "staying", Dtype.float32, [("tp1", True, NUM_STEPS)])
+    stages = [("ep2", True, 2), ("etp2", True, 4), ("tp2_sp_etp1", True, 6), ("ep2", True, NUM_STEPS)]
+    for rows in run_ranks(run_stages, 2, experts, tmp_path / "moving", Dtype.float32, stages, timeout_s=200.0):
+        for row, wanted in zip(rows, expected, strict=True):
+            for name in row:
+                np.testing.assert_allclose(row[name], wanted[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16], ids=["float32", "bfloat16"])
 def test_what_is_loaded_is_what_was_saved(tmp_path: Path, hf_path: Path, dtype: Dtype) -> None:
     """Four ranks, distributed optimizers and replicated ones; in bfloat16 with the float32 copies of the parameters."""
@@ -173,7 +185,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, hf_path: Path, dtype: 
         ("dp4", True, 2),
         ("tp2_dp2", False, 3),
         ("pp2_dp2", True, 4),
-        ("tp2_sp2", False, 5),
+        ("tp2_sp", False, 5),
     ]
     run_ranks(run_stages, 4, hf_path, tmp_path, dtype, stages, timeout_s=300.0)
     for number in range(1, len(stages)):

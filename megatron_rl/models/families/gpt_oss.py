@@ -24,7 +24,7 @@ def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
     layer_types = hf.get("layer_types") or [kinds[layer % 2] for layer in range(hf["num_hidden_layers"])]
     return (
         decoder.transformer_fields(hf)
-        | experts.transformer_fields(hf, ffn=hf["intermediate_size"])
+        | experts.transformer_fields(hf, ffn=hf["intermediate_size"], normalized=True)
         | decoder.window_fields(hf, layer_types)
         | dict(
             add_bias_linear=True,

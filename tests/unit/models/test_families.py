@@ -100,7 +100,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
             "num_experts: missing in config.json of MixtralForCausalLM; allowed: an",
         ),
         (MIXTRAL, {"num_local_experts": 0}, "num_local_experts: 0 in .* allowed: an integer >= 1"),
-        (MIXTRAL, {"num_experts_per_tok": 5}, r"num_experts_per_tok: 5 in .* allowed: an integer in \[1, 4\]"),
+        (MIXTRAL, {"num_experts_per_tok": 5}, r"num_experts_per_tok: 5 in .* allowed: an integer in \[2, 4\]"),
+        (MIXTRAL, {"num_experts_per_tok": 1}, r"num_experts_per_tok: 1 in .* allowed: an integer in \[2, 4\]"),
         (MIXTRAL, {"num_experts_per_tok": None}, "num_experts_per_tok: missing in config.json of Mixtral"),
         (
             MIXTRAL,
