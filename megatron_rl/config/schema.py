@@ -472,6 +472,9 @@ class RewardModelConfig:
     """outcome: the score of a completion's last token. process: a score for each step, at its last token."""
     engine: RewardEngine = RewardEngine.megatron
     """megatron: the training ranks hold it beside the policy. vllm: a server that the first rank starts and asks."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """With engine vllm: further arguments of its server, by vLLM's names, e.g. gpu_memory_utilization; the others are
+    those of rollout. It runs where the first rank does."""
     scale: RewardScale = RewardScale.score
     """The score itself, or, of a model that was trained on right and wrong, the probability of right or its logarithm.
     The logarithms of steps add up to that of all being right, which no further step can raise."""
