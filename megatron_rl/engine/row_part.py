@@ -17,8 +17,10 @@ from torch import Tensor
 from megatron_rl.data.packing import PackedRow
 from megatron_rl.device import this_device
 from megatron_rl.parallel.context_parallel import ContextSplit, gather_outputs
-from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
+from megatron_rl.parallel.fused_linear_logits_loss import OfLogits
+from megatron_rl.parallel.fused_linear_token_loss import TokenLosses, Tokens
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.sharded_logits import ShardedLogits
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,19 @@ class RowPart:
         whole = gather_outputs(output, groups.cp) if groups.cp.size() > 1 else output
         return whole.index_select(0, self.restore)
 
-    def by_slots(self, of_row: TokenLosses) -> TokenLosses:
+    def by_slots(self, of_row: TokenLosses | OfLogits) -> TokenLosses | OfLogits:
         """Losses by tokens of the row -> by slots of the part; filling has loss 0."""
         slots, is_padding = self.slots, self.is_padding
         if slots is None or is_padding is None:
             return of_row
+        if isinstance(of_row, OfLogits):
+            of_logits = of_row.losses
+
+            def losses(logits: ShardedLogits, some: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+                found, values = of_logits(logits, slots[some])
+                return torch.where(is_padding[some], 0.0, found), values
+
+            return OfLogits(losses)
         return lambda log_probs, entropy, some: torch.where(
             is_padding[some], 0.0, of_row(log_probs, entropy, slots[some])
         )

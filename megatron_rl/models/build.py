@@ -20,7 +20,8 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.device import HAS_CUDA, this_device
 from megatron_rl.models.families import family_of
 from megatron_rl.models.layers import decoder_layers
-from megatron_rl.models.rotary import inverse_frequencies, rope_parameters, yarn_attributes
+from megatron_rl.models.rope_parameters import rope_parameters, yarn_attributes
+from megatron_rl.models.rotary import inverse_frequencies
 from megatron_rl.models.tensor_map import padded_vocabulary_size
 
 _ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu, "squared_relu": squared_relu}

@@ -24,9 +24,12 @@ from torch import Tensor
 
 from megatron_rl.config.schema import QuantizedFormat
 from megatron_rl.data.samples import Completion, Prompt
+from megatron_rl.models.batch_invariance import make_room_for_vllm
+from megatron_rl.models.capabilities import capabilities
 from megatron_rl.rollout.isolation import guest, random_states_kept
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
-from megatron_rl.weights.exchange import EngineShard, Loader, OnFilled
+from megatron_rl.weights.exchange import Loader, OnFilled
+from megatron_rl.weights.orders import EngineShard
 
 
 class RolloutEngine:
@@ -85,6 +88,7 @@ class RolloutEngine:
             raise RuntimeError("this process has a rollout engine; shut it down before starting another")
         if batch_invariant:
             os.environ["VLLM_BATCH_INVARIANT"] = "1"
+            make_room_for_vllm(capabilities().compute_capability)
         with guest():
             from megatron_rl.rollout import llm
 

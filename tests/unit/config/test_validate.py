@@ -243,6 +243,21 @@ def test_experts_are_divided(empty: Path) -> None:
         check_model(load_config(empty, [*SFT, "parallel.tensor_model_parallel_size=2"]), shape, generates=False)
 
 
+def test_an_expert_is_divided(empty: Path) -> None:
+    shape = ModelShape(**{**SHAPE.__dict__, "num_experts": 4, "expert_intermediate_size": 45})
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    with pytest.raises(
+        ConfigError, match="expert_tensor_parallel_size: given 2, allowed: a divisor of the 45 channels"
+    ):
+        check_model(load_config(empty, [*SFT, *layout]), shape, generates=False)
+    spread = [*layout, "parallel.expert_model_parallel_size=2", "parallel.expert_tensor_parallel_size=1"]
+    check_model(load_config(empty, [*SFT, *spread]), shape, generates=False)
+    biased = ModelShape(**{**shape.__dict__, "expert_intermediate_size": 48, "architecture": "GptOssForCausalLM"})
+    with pytest.raises(ConfigError, match="size: given 2, allowed: 1 for GptOssForCausalLM, whose experts have biases"):
+        check_model(load_config(empty, [*SFT, *layout]), biased, generates=False)
+    check_model(load_config(empty, [*SFT, *spread]), biased, generates=False)
+
+
 def test_the_mlp_is_divided_too(empty: Path) -> None:
     config = load_config(empty, [*RL, "parallel.tensor_model_parallel_size=4"])
     shape = ModelShape(**{**SHAPE.__dict__, "intermediate_size": 90})
