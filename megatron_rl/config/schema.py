@@ -194,6 +194,7 @@ class SyncTransport(Enum):
     auto = "auto"
     folder = "folder"
     network = "network"
+    process_group = "process_group"
 
 
 class AdamImplementation(Enum):
@@ -433,8 +434,8 @@ class SyncConfig:
     bucket_megabytes: float = 256.0
     """Weights travel in buckets of at most this size (a single larger tensor travels alone)."""
     transport: SyncTransport = SyncTransport.auto
-    """How disaggregated engines get their weights: through a folder, or over the network, by TCP. auto: through one if
-    all ranks and engines are on one machine or `folder` names one."""
+    """How disaggregated engines get their weights: through a folder, over the network by TCP, or in a process group of
+    all ranks and engines, which is NCCL's between GPUs and else gloo's. auto: see `trainer/ways.py`."""
     folder: str | None = None
     """Folder of that transport; null: this machine's shared memory, or the run's folder if a Slurm job has tasks for
     engines."""
