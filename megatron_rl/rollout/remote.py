@@ -23,7 +23,8 @@ from megatron_rl.rollout.address import EngineLost
 from megatron_rl.rollout.hosting import HostedServer
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
 from megatron_rl.rollout.server import EngineServer
-from megatron_rl.weights.exchange import Orders
+from megatron_rl.weights.orders import Orders
+from megatron_rl.weights.sockets import Door
 
 _CONTROL_SECONDS = 60.0
 _HEALTH_SECONDS = 10.0
@@ -85,39 +86,63 @@ class RemoteEngine:
         self.weight_version = 0
         self.server.restart()
 
-    def write_orders(self, orders: dict[int, Orders]) -> None:
-        """Put down what each rank of the engine, by its number in the plan, does in a synchronisation."""
-        for rank, of_rank in orders.items():
-            (self.folder / f"orders_{rank}.json").write_text(of_rank.to_json())
-        self._first_rank = min(orders)
+    def give_orders(self, orders: dict[int, Orders], *, max_changed: float) -> dict[int, Door]:
+        """Tell each rank of the engine what synchronisations bring; once for each start of the server.
 
-    def load(self, messages: Path, *, version: int, verify: str, timeout_seconds: float) -> None:
-        """Load one version that the trained ranks put into the folder `messages`, and resume.
+        Args:
+            orders: by rank in the plan; those of an engine are consecutive.
+            max_changed: see `Exchange`.
+
+        Returns:
+            Where the ranks listen to trained ranks.
+
+        Raises:
+            EngineLost: the engine does not answer.
+        """
+        address = self.server.address
+        request = {
+            "orders": {str(rank): of_rank.to_text() for rank, of_rank in orders.items()},
+            "first_rank": min(orders),
+            "host": address.host,
+            "max_changed": max_changed,
+        }
+        workers = self._ask_workers("receive_orders", request, _CONTROL_SECONDS)
+        return {worker["rank"]: Door(address.host, worker["port"], address.token) for worker in workers}
+
+    def load(self, name: str, folder: Path | None, *, version: int, verify: str, timeout_seconds: float) -> None:
+        """Load one version that the trained ranks send, and resume.
+
+        Args:
+            name: of the round, used once.
+            folder: through which they send; None: to the ranks' doors.
+            version: of the weights.
+            verify: see `SyncConfig`.
+            timeout_seconds: limit of each wait of the ranks.
 
         Raises:
             EngineLost: the engine died, or has not loaded them; it is not resumed.
         """
         self.server.post("/pause", mode=self._update_mode, clear_cache="true", timeout_seconds=self._pause_seconds())
         request = {
+            "round": name,
+            "folder": None if folder is None else str(folder),
             "version": version,
             "verify": verify,
             "timeout_seconds": timeout_seconds,
-            "folder": str(messages),
-            "orders": str(self.folder / "orders_{rank}.json"),
-            "first_rank": self._first_rank,
         }
-        answer = self.server.post(
-            "/collective_rpc",
-            {"method": "load_trained_shards", "args": [json.dumps(request)]},
-            timeout_seconds=2 * timeout_seconds + _CONTROL_SECONDS,
-        )
-        errors = [worker["error"] for worker in answer["results"] if "error" in worker]
+        workers = self._ask_workers("load_trained_shards", request, 2 * timeout_seconds + _CONTROL_SECONDS)
+        errors = [worker["error"] for worker in workers if "error" in worker]
         if errors:
             raise EngineLost(errors[0])
         self.server.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=_CONTROL_SECONDS)
         self.server.post("/reset_prefix_cache", reset_running_requests="true", timeout_seconds=_CONTROL_SECONDS)
         self.server.post("/resume", timeout_seconds=_CONTROL_SECONDS)
         self.weight_version = version
+
+    def _ask_workers(self, method: str, request: dict[str, Any], timeout_seconds: float) -> list[dict[str, Any]]:
+        body = {"method": method, "args": [json.dumps(request)]}
+        answer = self.server.post("/collective_rpc", body, timeout_seconds=timeout_seconds)
+        return list(answer["results"])
 
     def _pause_seconds(self) -> float:
         return self._generate_timeout if self._update_mode == "wait" else _CONTROL_SECONDS

@@ -27,9 +27,10 @@ from megatron_rl.trainer.engines import Engine
 from megatron_rl.trainer.remote_sync import RemoteSync
 from megatron_rl.trainer.training import Training
 from megatron_rl.weights.engine_table import engine_maps
-from megatron_rl.weights.exchange import Exchange, Loader, OnFilled, Orders, verified
+from megatron_rl.weights.exchange import Exchange, Loader, OnFilled, verified
 from megatron_rl.weights.fp8_parameters import held_value
 from megatron_rl.weights.holders import EngineRanks, TrainedRanks, layer_of
+from megatron_rl.weights.orders import Orders
 from megatron_rl.weights.process_group import ProcessGroupTransport
 from megatron_rl.weights.quantization import quantized_tensors
 from megatron_rl.weights.shard_plan import ShardPlan
@@ -69,14 +70,13 @@ class WeightSync:
         )
         plan = plan_sync(policy, trained, engines, bucket_bytes=self._bucket_bytes)
         if isinstance(engine, RemoteEngine | NoEngine):
-            self._remote = RemoteSync(
-                policy, plan, engines, self.config, engine=engine, number=layout.engine(rank), folder=engine.folder
-            )
+            number = layout.engine(rank)
+            self._remote = RemoteSync(policy, plan, engines, self.config, engine=engine, number=number)
             return
         timeout = timedelta(seconds=self.config.timeout_seconds)
-        transport = ProcessGroupTransport(policy.groups.world, timeout=timeout, device=this_device())
+        self._transport = ProcessGroupTransport(policy.groups.world, timeout=timeout, device=this_device())
         self._orders = Orders.of(plan, rank, engines.expert_rows(rank))
-        self._exchange = Exchange(self._orders, transport)
+        self._exchange = Exchange(self._orders)
 
     def __call__(self, version: int, on_filled: OnFilled | None = None) -> dict[str, float]:
         """Load the policy's present weights into the engine under `version`; collective. `on_filled`: see the engine.
@@ -104,7 +104,7 @@ class WeightSync:
             verify = verified(self.config.verify.name, version)
             policy = self.training.policy
             held = {name: held_value(parameter, policy.dtype) for name, parameter in policy.parameters.items()}
-            self._exchange.run(held, loader, version=version, verify=verify)
+            self._exchange.run(held, loader, self._transport, version=version, verify=verify)
 
         cast(RolloutEngine, self.engine).load_shards(self._orders.shard, feed, version=version, on_filled=on_filled)
         return self._orders.received_bytes

@@ -1,0 +1,96 @@
+"""Any legal model at any legal layout: transformers' log-probs, and an export that is the file that was imported.
+
+Every example is a handful of random models that one world of ranks visits; examples are the same at every run.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+from tests.checkpoints import make_checkpoint
+from tests.distributed.random_models import RandomModel, different_families
+from tests.distributed.spawn import run_ranks
+from tests.distributed.test_conversion import TOLERANCE, files, hf_log_probs
+
+
+@dataclass(frozen=True)
+class Visited:
+    """A model on disk."""
+
+    folder: Path
+    parallel: dict[str, object]
+    sequences: list[list[int]]
+
+
+def visit(rank: int, models: list[Visited]) -> list[list[np.ndarray]]:
+    """Import every model at its layout, export it beside itself, and return its log-probs."""
+    from megatron.core import parallel_state
+
+    import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
+    from megatron_rl.checkpoint.hf_export import export_hf
+    from megatron_rl.config.schema import Dtype, ModelConfig, ParallelConfig
+    from megatron_rl.engine.initialize import initialize
+    from megatron_rl.engine.policy import Policy
+    from tests.distributed.test_conversion import policy_log_probs
+
+    results = []
+    for model in models:
+        parallel = ParallelConfig(**model.parallel)  # type: ignore[arg-type]
+        groups = initialize(parallel, seed=1)
+        policy = Policy(ModelConfig(hf_path=str(model.folder), params_dtype=Dtype.float32), groups, parallel)
+        results.append(policy_log_probs(policy, model.sequences))
+        export_hf(policy, model.folder.with_name(f"{model.folder.name}_exported"))
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def check(folder: Path, models: list[RandomModel], num_ranks: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    visited = []
+    for number, model in enumerate(models):
+        path = make_checkpoint(folder / f"model_{number}", model.family, seed=number, **model.fields)
+        vocab_size = model.fields["vocab_size"]
+        sequences = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in (2, 27, 9)]
+        sequences[0][1] = vocab_size - 1  # the last row before the padding
+        visited.append(Visited(path, model.parallel, sequences))
+    expected = [hf_log_probs(v.folder, v.sequences) for v in visited]
+    for of_rank in run_ranks(visit, num_ranks, visited, timeout_s=400.0):
+        for model, log_probs, theirs in zip(models, of_rank, expected, strict=True):
+            for ours, reference in zip(log_probs, theirs, strict=True):
+                np.testing.assert_allclose(ours, reference, rtol=0, atol=TOLERANCE, err_msg=str(model))
+    for model, v in zip(models, visited, strict=True):
+        assert files(v.folder.with_name(f"{v.folder.name}_exported")) == files(v.folder), model
+
+
+# A failing example names its model; to shrink it would start worlds of ranks for hours.
+SETTINGS = settings(
+    derandomize=True,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+    database=None,
+)
+
+
+@settings(SETTINGS, max_examples=2)
+@given(models=different_families(2, 5))
+def test_over_two_ranks(tmp_path_factory: pytest.TempPathFactory, models: list[RandomModel]) -> None:
+    check(tmp_path_factory.mktemp("two"), models, 2)
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=4)
+@given(models=different_families(4, 8))
+def test_over_four_ranks(tmp_path_factory: pytest.TempPathFactory, models: list[RandomModel]) -> None:
+    check(tmp_path_factory.mktemp("four"), models, 4)
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=4)
+@given(models=different_families(2, 8))
+def test_over_two_ranks_at_length(tmp_path_factory: pytest.TempPathFactory, models: list[RandomModel]) -> None:
+    check(tmp_path_factory.mktemp("two"), models, 2)
