@@ -77,20 +77,20 @@ SETTINGS = settings(
 
 
 @settings(SETTINGS, max_examples=2)
-@given(models=different_families(2, 5))
+@given(models=different_families(2, 4))
 def test_over_two_ranks(tmp_path_factory: pytest.TempPathFactory, models: list[RandomModel]) -> None:
     check(tmp_path_factory.mktemp("two"), models, 2)
 
 
 @pytest.mark.slow
-@settings(SETTINGS, max_examples=4)
+@settings(SETTINGS, max_examples=3)
 @given(models=different_families(4, 8))
 def test_over_four_ranks(tmp_path_factory: pytest.TempPathFactory, models: list[RandomModel]) -> None:
     check(tmp_path_factory.mktemp("four"), models, 4)
 
 
 @pytest.mark.slow
-@settings(SETTINGS, max_examples=4)
+@settings(SETTINGS, max_examples=3)
 @given(models=different_families(2, 8))
 def test_over_two_ranks_at_length(tmp_path_factory: pytest.TempPathFactory, models: list[RandomModel]) -> None:
     check(tmp_path_factory.mktemp("two"), models, 2)

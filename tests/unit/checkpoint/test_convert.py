@@ -77,6 +77,17 @@ def test_config_json_says_the_dtype(tmp_path: Path, hf_path: Path, converted: Pa
         assert torch.equal(written[name], tensor.to(torch.bfloat16)), name
 
 
+def test_what_is_finer_than_config_json_says_stays_so(tmp_path: Path, hf_path: Path) -> None:
+    mixed = Path(shutil.copytree(hf_path, tmp_path / "mixed"))
+    change(mixed / "config.json", dtype="bfloat16")
+    tensors = load_file(mixed / "model.safetensors")
+    halved = {name: x if "norm" in name else x.to(torch.bfloat16) for name, x in tensors.items()}  # norms in float32
+    save_file(halved, mixed / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(hf_path=mixed, output=tmp_path / "megatron")
+    megatron_to_hf(checkpoint=tmp_path / "megatron", hf_path=mixed, output=tmp_path / "back")
+    assert files(tmp_path / "back") == files(mixed)
+
+
 def test_what_exists_is_never_replaced(tmp_path: Path, hf_path: Path, converted: Path) -> None:
     output = tmp_path / "photographs"
     output.mkdir()
