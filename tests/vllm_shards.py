@@ -35,6 +35,9 @@ def vllm_shards(
         padded[: len(x)] = x
         return rows(padded)
 
+    def kind(part: str) -> str:
+        return "bias" if part.endswith("_bias") else "weight"
+
     def heads(x: Array) -> Array:
         """KV heads of this rank: its part, or with more ranks than heads the one that tp/heads ranks share."""
         few = num_key_value_heads < tp
@@ -44,15 +47,26 @@ def vllm_shards(
     for name, x in whole.items():
         owner, _, last = name.rpartition(".")
         parent, _, module = owner.rpartition(".")
-        if ".experts." in name:
+        if name.endswith(("_proj", "_proj_bias")):  # GPT-OSS: the experts' matrices transposed and stacked
+            stack, fused = f"{owner}.routed_experts", "w2" if last.startswith("down") else "w13"
+            for number, of_expert in enumerate(x):
+                if fused == "w13":  # rows of gate and up take turns, and each rank has as many of both
+                    out[f"{stack}.w13_{kind(last)}[{number}]"] = rows(of_expert.T if of_expert.ndim > 1 else of_expert)
+                elif of_expert.ndim > 1:
+                    out[f"{stack}.w2_weight[{number}]"] = columns(of_expert.T)
+                else:  # the ranks' outputs are summed, so one of them adds the bias
+                    out[f"{stack}.w2_bias[{number}]"] = of_expert * (rank == 0)
+        elif ".experts." in name:
             stack, number = parent.rsplit(".", 1)
+            gate, up, down = (
+                ("w1", "w3", "w2") if module in ("w1", "w2", "w3") else ("gate_proj", "up_proj", "down_proj")
+            )
             here = experts is None or int(number) in experts
             cut_rows, cut_columns = (rows, columns) if experts is None else (np.asarray, np.asarray)
-            if here and module == "gate_proj":
-                up = whole[f"{parent}.up_proj.weight"]
-                both = np.concatenate([cut_rows(x), cut_rows(up)])
+            if here and module == gate:
+                both = np.concatenate([cut_rows(x), cut_rows(whole[f"{parent}.{up}.weight"])])
                 out[f"{stack}.routed_experts.w13_weight[{number}]"] = both
-            elif here and module == "down_proj":
+            elif here and module == down:
                 out[f"{stack}.routed_experts.w2_weight[{number}]"] = cut_columns(x)
         elif module == "q_proj" and f"{parent}.k_proj.{last}" in whole:
             k, v = (whole[f"{parent}.{part}_proj.{last}"] for part in "kv")
@@ -76,4 +90,10 @@ def vllm_shards(
             or "norm" in module
         ):
             out[name] = x
+        if last == "sinks":
+            out[name] = rows(x)
+    if any(name.endswith(".sinks") for name in out):  # GPT-OSS, where vLLM has two names of its own
+        own = {"model.embed_tokens.": "model.embedding.", ".self_attn.": ".attn."}
+        for theirs, ours in own.items():
+            out = {name.replace(theirs, ours): x for name, x in out.items()}
     return out

@@ -30,9 +30,10 @@ from transformers import AutoConfig
 from megatron_rl.models.families import family_of
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.weights.engine_table import engine_maps
-from megatron_rl.weights.exchange import Exchange, Orders, Pending
+from megatron_rl.weights.exchange import Exchange, Pending
 from megatron_rl.weights.folder import FolderTransport
 from megatron_rl.weights.holders import EngineRanks, TrainedRanks
+from megatron_rl.weights.orders import Orders
 from megatron_rl.weights.shard_plan import ShardPlan, Slice
 
 BUCKET = 64 << 20
@@ -93,23 +94,23 @@ def timed(action: Callable[[], object], repeats: int) -> float:
 def receive(folder: str, orders: str, rounds: int) -> None:
     """The engine's process of the shared-memory figure."""
     torch.set_num_threads(1)
-    told = Orders.from_json(orders)
-    memory, mapped = Memory(told), dict[str, Tensor]()
+    told = Orders.from_text(orders)
+    memory, mapped, exchange = Memory(told), dict[str, Tensor](), Exchange(told)
     Path(folder, "ready").touch()
     for index in range(rounds):
         transport = FolderTransport(Path(folder, str(index)), 1, timeout_seconds=120, mapped=mapped)
         while not transport.folder.exists():
             time.sleep(0.0005)
-        Exchange(told, transport).run({}, memory, version=index)
+        exchange.run({}, memory, transport, version=index)
         Path(folder, f"done{index}").touch()
 
 
 def shared_memory(parameters: dict[str, Tensor], maps: list[TensorMap], layers: int, repeats: int) -> float:
     apart = plan(maps, layers, 1)
-    sender = Orders.of(apart, 0, {})
+    sender = Exchange(Orders.of(apart, 0, {}))
     seconds, mapped = [], dict[str, Tensor]()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        arguments = (folder, Orders.of(apart, 1, {}).to_json(), repeats + 1)
+        arguments = (folder, Orders.of(apart, 1, {}).to_text(), repeats + 1)
         process = multiprocessing.get_context("spawn").Process(target=receive, args=arguments)
         process.start()
         while not Path(folder, "ready").exists():
@@ -119,7 +120,7 @@ def shared_memory(parameters: dict[str, Tensor], maps: list[TensorMap], layers: 
             begun = time.perf_counter()
             messages.mkdir()
             transport = FolderTransport(messages, 0, timeout_seconds=120, mapped=mapped)
-            Exchange(sender, transport).run(parameters, None, version=index)
+            sender.run(parameters, None, transport, version=index)
             while not Path(folder, f"done{index}").exists():
                 time.sleep(0.0005)
             seconds.append(time.perf_counter() - begun)
@@ -147,7 +148,7 @@ def main() -> None:
     floor = memory_copy(parameters, arguments.repeats)
     show("memory copy", floor, floor)
     orders = Orders.of(plan(maps, arguments.layers, 0), 0, {})
-    exchange = Exchange(orders, NoPeers())
+    exchange = Exchange(orders)
     into_memory(exchange, Memory(orders), parameters, arguments.repeats, floor)
     show("shared memory", shared_memory(parameters, maps, arguments.layers, arguments.repeats), floor)
     into_vllm(config, parameters, maps, orders, exchange, arguments.repeats, floor)
@@ -162,7 +163,9 @@ def memory_copy(parameters: dict[str, Tensor], repeats: int) -> float:
 def into_memory(exchange: Exchange, memory: Memory, parameters: dict[str, Tensor], repeats: int, floor: float) -> None:
     """The plan alone."""
     before = peak_megabytes()
-    show("colocated, into memory", timed(lambda: exchange.run(parameters, memory, version=1), repeats), floor)
+    show(
+        "colocated, into memory", timed(lambda: exchange.run(parameters, memory, NoPeers(), version=1), repeats), floor
+    )
     print(f"{'':26} peak grew by {peak_megabytes() - before:.0f} MB")
 
 
@@ -196,7 +199,9 @@ def into_vllm(
                 yield from assemble(tensor_map, [parameters[tensor_map.name]])
 
         def shards() -> None:
-            engine.load_shards(orders.shard, lambda loader: exchange.run(parameters, loader, version=1), version=1)
+            engine.load_shards(
+                orders.shard, lambda loader: exchange.run(parameters, loader, NoPeers(), version=1), version=1
+            )
 
         before = peak_megabytes()
         show("colocated, into vLLM", timed(shards, repeats), floor)

@@ -35,11 +35,11 @@ STAGES = (
     Stage("tests", ("pytest", "megatron.core", "transformers"), 1800, "tests/gpu: kernels, layers, FP8, engine, curve"),
     Stage("log_prob_head", (), 600, "fused log-prob head against its matrix products: time and memory"),
     Stage("train_bf16", ("megatron.core",), 900, "MFU and peak memory of a training step, bfloat16"),
-    Stage("train_fp8", ("megatron.core", "transformer_engine"), 900, "the same with FP8 layers"),
+    Stage("train_fp8", ("megatron.core", "transformer_engine_torch"), 900, "the same with FP8 layers"),
     Stage("weight_sync", ("megatron.core", "vllm"), 900, "policy to engine, GB/s against a copy on the device"),
     Stage(
         "batch_invariance",
-        ("megatron.core", "transformer_engine", "flash_attn", "vllm"),
+        ("megatron.core", "transformer_engine_torch", "vllm"),
         1800,
         "cost of batch-invariant kernels, and what difference of log-probs remains",
     ),

@@ -8,6 +8,7 @@ import argparse
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, Recipe
 from megatron_rl.config.validate import validate
+from megatron_rl.placement.tasks import TaskPlan, check_nodes, task_plan
 from megatron_rl.rewards.registry import resolve_rewards
 from megatron_rl.trainer.run_directory import RunDirectory
 
@@ -39,7 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     own = [] if arguments.nodes is None else [f"slurm.nodes={arguments.nodes}"]
     own += [] if arguments.time is None else [f"slurm.time='{arguments.time}'"]  # quoted: YAML reads 1:30 as a number
     config = load_config(arguments.config, [*arguments.overrides, *own])
-    validate(config, world_size=config.slurm.nodes * config.slurm.ntasks_per_node)
+    nodes, per_node = config.slurm.nodes, config.slurm.ntasks_per_node
+    plan = task_plan(config, nodes * per_node, generates=config.recipe is Recipe.rl)
+    validate(config, world_size=plan.num_ranks)
+    check_nodes(plan, [per_node] * nodes)
     resolve_rewards(config.rewards)
     if not Path(config.slurm.script).is_file():
         raise UserError(f"slurm.script: given '{config.slurm.script}', allowed: an existing file")
@@ -47,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     command = sbatch_command(config, [str(arguments.config), *arguments.overrides])
     if arguments.dry_run:
         print(shlex.join(command))
+        print(described(plan, per_node), file=sys.stderr)
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("launch slurm: sbatch is not on the PATH; allowed: a machine that can submit jobs")
@@ -54,11 +60,25 @@ def run(arguments: argparse.Namespace) -> int:
     return subprocess.run(command, check=False).returncode
 
 
+def described(plan: TaskPlan, tasks_per_node: int) -> str:
+    """Who does what on which node, in a line: '4 tasks: 0-1 train (node 0); 2-3 engine 0 (node 1)'."""
+    groups = [("train", range(plan.num_ranks))]
+    groups += [(f"engine {number}", plan.slots(number)) for number in range(plan.num_engines)]
+    return f"{plan.num_tasks} tasks: " + "; ".join(
+        f"{_span(tasks)} {what} (node {_span(range(tasks[0] // tasks_per_node, tasks[-1] // tasks_per_node + 1))})"
+        for what, tasks in groups
+    )
+
+
+def _span(numbers: range) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
 def sbatch_command(config: Config, arguments: Sequence[str]) -> list[str]:
     """The command line that submits a run.
 
     Args:
-        config: validated for slurm.nodes * slurm.ntasks_per_node ranks.
+        config: validated for a job of slurm.nodes * slurm.ntasks_per_node tasks.
         arguments: of `megatron-rl train`, for the script.
     """
     slurm = config.slurm

@@ -20,7 +20,7 @@ class EnvironmentVariableError(UserError):
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str] | None:
     """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of this process; None if it is no rank.
 
-    A batch script has SLURM_PROCID and SLURM_NTASKS too, though it is no task: only srun sets SLURM_STEP_NUM_TASKS.
+    Under srun every task is counted, also those that are to keep an engine.
 
     Raises:
         EnvironmentVariableError: a variable is missing or no number.
@@ -33,9 +33,41 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str] | None:
         if rank >= world_size:
             raise EnvironmentVariableError(f"RANK: given {rank}, allowed: less than WORLD_SIZE {world_size}")
         return given
-    if "SLURM_PROCID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS", default=1) > 1:
-        return _from_slurm(environment)
-    return None
+    return _from_slurm(environment) if started_by_srun(environment) else None
+
+
+def started_by_srun(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of the tasks of a job's step, and not a rank that torchrun started.
+
+    A batch script has SLURM_PROCID and SLURM_NTASKS too, though it is no task: only srun sets SLURM_STEP_NUM_TASKS.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment or "SLURM_PROCID" not in environment:
+        return False
+    return _number(environment, "SLURM_STEP_NUM_TASKS", default=1) > 1
+
+
+def tasks_of_nodes(environment: Mapping[str, str]) -> list[int] | None:
+    """Tasks on each node of this step; None where Slurm does not say.
+
+    Raises:
+        EnvironmentVariableError: it is no list of numbers like '4(x2),3'.
+    """
+    told = environment.get("SLURM_STEP_TASKS_PER_NODE")
+    if told is None:
+        return None
+    counts: list[int] = []
+    for part in told.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise EnvironmentVariableError(f"SLURM_STEP_TASKS_PER_NODE: given '{told}', allowed: a list like 4(x2),3")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def attempt(environment: Mapping[str, str]) -> str:
+    """A name for this step of this start of this job, which all its tasks come to and no other step does."""
+    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+    return ".".join(str(_number(environment, name, default=0)) for name in names)
 
 
 def free_port() -> int:

@@ -1,6 +1,7 @@
 """What `train` and `evaluate` share: check everything that can be checked, then be a rank or start the ranks.
 
     started by torchrun or srun   this process is one of the ranks
+    started by srun, and not one  this process keeps an engine, or lends its GPU to one; see `placement.tasks`
     else, a layout of one rank    this process is that rank
     else                          start the ranks on this machine
 
@@ -9,6 +10,7 @@ they wait for each other.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from typing import Any
 
 from megatron_rl.cli.launch_local import launch
 from megatron_rl.cli.rank_environment import free_port, rank_of_this_machine, rank_variables
+from megatron_rl.cli.slurm_task import slurm_task
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.hf_checkpoint import read_json_object
 from megatron_rl.config.load import load_config
@@ -62,15 +65,20 @@ def start(arguments: argparse.Namespace, import_work: Callable[[], Work], *, com
     config = load_config(arguments.config, arguments.overrides)
     if evaluates and config.data.eval is None:
         raise ConfigError(f"data.eval: given null, allowed: a file, for {command}")
+    generates = evaluates or config.recipe is Recipe.rl
     variables = rank_variables(os.environ)
-    world_size = int(variables["WORLD_SIZE"]) if variables else None
+    job = slurm_task(config, os.environ, generates=generates)
+    world_size = job.plan.num_ranks if job else int(variables["WORLD_SIZE"]) if variables else None
     validate(config, world_size=world_size, evaluates=evaluates)
     check_family(read_json_object(Path(config.model.hf_path) / "config.json", "model.hf_path"))
     resolve_rewards(config.rewards)
     layout = layout_of(config, world_size)
-    rows = {} if arguments.data_checked else check_data(config, as_prompts=evaluates or config.recipe is Recipe.rl)
+    rows = {} if arguments.data_checked else check_data(config, as_prompts=generates)
     if arguments.dry_run:
         print(_summary(config, layout, rows))
+        return 0
+    if job and job.engine is not None:
+        job.keep_engine(config)
         return 0
     if asks_for_hardware(config):
         choose(capabilities(), config.model, config.optimizer.implementation)
@@ -82,7 +90,8 @@ def start(arguments: argparse.Namespace, import_work: Callable[[], Work], *, com
         logs = RunDirectory(Path(config.output_dir) / config.name).logs_dir
         return launch([*rank_command, *arguments.overrides], num_ranks=layout.world_size, logs=logs)
     os.environ.update(variables or rank_of_this_machine(0, 1, free_port()))
-    import_work()(config, layout)
+    with job.as_rank() if job else contextlib.nullcontext():
+        import_work()(config, layout)
     return 0
 
 

@@ -67,6 +67,9 @@ def check_numerics(config: Config) -> None:
     """Raise ConfigError for the first combination that has no meaning or does not work."""
     _check_fp8(config)
     _check_quantization(config)
+    if config.model.batch_invariant_mode and config.parallel.context_parallel_size > 1:
+        allowed = "1 with model.batch_invariant_mode: attention over several ranks has other kernels"
+        _refuse("parallel.context_parallel_size", config.parallel.context_parallel_size, allowed)
 
 
 def check_fp8_shapes(config: Config, shape: ModelShape) -> None:
@@ -122,9 +125,11 @@ def _check_fp8(config: Config) -> None:
 
 def _check_quantization(config: Config) -> None:
     model, rollout = config.model, config.rollout
-    for key, format in (("model.quantization", model.quantization), ("rollout.quantization", rollout.quantization)):
-        if format is not None and format not in _TRAINABLE:
-            _refuse(key, format, "fp8, int8; `megatron-rl quantize` makes checkpoints of the others")
+    others = "; `megatron-rl quantize` makes checkpoints of the others"
+    if model.quantization is not None and model.quantization not in _TRAINABLE:
+        _refuse("model.quantization", model.quantization, f"fp8, int8{others}")
+    if rollout.quantization not in (None, QuantizedFormat.fp8_block, *_TRAINABLE):
+        _refuse("rollout.quantization", rollout.quantization, f"fp8, fp8_block, int8{others}")
     if model.quantization is None:
         if rollout.quantization is not None and config.sync.verify is not SyncVerify.off:
             allowed = "off with rollout.quantization unless model.quantization is the same: log-probs differ"
@@ -132,13 +137,9 @@ def _check_quantization(config: Config) -> None:
         return
     if config.recipe is Recipe.rl and rollout.quantization is not model.quantization:
         _refuse("rollout.quantization", rollout.quantization, f"{model.quantization.value}, as model.quantization")
-    # A row-parallel layer's scales go over all its inputs, of which a rank has a part.
-    for key, size in (
-        ("parallel.tensor_model_parallel_size", config.parallel.tensor_model_parallel_size),
-        ("rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size),
-    ):
-        if size > 1:
-            _refuse(key, size, "1 with model.quantization: scales go over whole rows, of which a rank would see a part")
+    if rollout.tensor_model_parallel_size > 1:
+        allowed = "1 with model.quantization: vLLM scales what each of its ranks holds of a token's inputs on its own"
+        _refuse("rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size, allowed)
 
 
 def _refuse(key: str, given: object, allowed: str) -> None:

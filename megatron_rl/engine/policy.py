@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
@@ -20,7 +21,8 @@ from megatron_rl.config.schema import AdamImplementation, Dtype, LayerSpec, Mode
 from megatron_rl.engine.head import LogProbHead
 from megatron_rl.engine.quantized_layers import fake_quantize
 from megatron_rl.engine.routing import RoutingReplay
-from megatron_rl.models.build import build_gpt_model, transformer_config
+from megatron_rl.models import batch_invariance
+from megatron_rl.models.build import build_gpt_model, known_arguments, transformer_config
 from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.choices import choose
 from megatron_rl.models.families import family_of
@@ -34,12 +36,6 @@ from megatron_rl.weights.local_shards import Place, check_table, local_parameter
 from megatron_rl.weights.quantization import refusal
 
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
-
-
-def _enable_batch_invariant_kernels() -> None:
-    from megatron.core.transformer.custom_layers import batch_invariant_kernels  # imports Triton
-
-    batch_invariant_kernels.enable_batch_invariant_mode()
 
 
 class Policy:
@@ -97,8 +93,11 @@ class Policy:
             **megatron_numerics(model),
         )
         if model.batch_invariant_mode:
-            _enable_batch_invariant_kernels()
-            chosen |= dict(batch_invariant_mode=True, attention_backend=AttnBackend.flash)
+            batch_invariance.enable()
+            attention = dict(
+                attention_backend=AttnBackend.flash, flash_attention_version=choices.flash_attention_version
+            )
+            chosen |= known_arguments(TransformerConfig, dict(batch_invariant_mode=True, **attention))
         self.config = transformer_config(self.hf, dtype=self.dtype, overrides=chosen | model.transformer_config)
         use_te = choices.layer_spec is LayerSpec.transformer_engine
         num_chunks = parallel.virtual_pipeline_model_parallel_size or 1
@@ -117,9 +116,9 @@ class Policy:
             if reason := refusal(model.quantization, self.maps):
                 raise UserError(f"model.quantization: given {model.quantization.value}; {reason}")
             for gpt in self.models:
-                fake_quantize(gpt, model.quantization)
+                fake_quantize(gpt, model.quantization, groups.tp)
         self._install_head()
-        self.routing = RoutingReplay(self.models)
+        self.routing = RoutingReplay(self.models, groups)
         self.parameters = local_parameters(self.models)
         check_table(self.parameters, self.maps, Place.of(groups))
         if model.load_weights:

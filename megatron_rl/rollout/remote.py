@@ -19,11 +19,13 @@ from typing import Any
 from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.data.samples import Completion, Prompt
 from megatron_rl.device import HAS_CUDA
+from megatron_rl.rollout.address import EngineLost
+from megatron_rl.rollout.hosting import HostedServer
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
-from megatron_rl.rollout.server import EngineLost, EngineServer
-from megatron_rl.weights.exchange import Orders
+from megatron_rl.rollout.server import EngineServer
+from megatron_rl.weights.orders import Orders
+from megatron_rl.weights.sockets import Door
 
-_START_SECONDS = 600.0
 _CONTROL_SECONDS = 60.0
 _HEALTH_SECONDS = 10.0
 
@@ -47,47 +49,29 @@ class NoEngine:
 
 
 class RemoteEngine:
-    """An engine's server and the rank's hold on it."""
+    """The rank's hold on an engine that has a server."""
 
     def __init__(
         self,
+        server: EngineServer | HostedServer,
         *,
-        model_path: str | Path,
-        arguments: Sequence[str],
         folder: Path,
         decode: Callable[[Sequence[int]], str],
         max_model_len: int,
-        log: Path,
         update_mode: str = "keep",
         generate_timeout_seconds: float = 3600.0,
     ) -> None:
-        """Start the server and wait until it answers.
-
-        Args:
-            model_path: folder of a Hugging Face checkpoint; its weights are version 0.
-            arguments: of vLLM's server: sizes, dtype, parallelism.
-            folder: where weights pass through, shared with the trained ranks.
-            decode: token ids to text.
-            max_model_len: longest prompt + completion, tokens.
-            log: file for the server's output.
-            update_mode: 'keep', 'wait' or 'abort'.
-            generate_timeout_seconds: limit of one request.
+        """Args:
+        server: answers; its model's weights are version 0.
+        folder: where weights pass through, shared with the trained ranks.
+        decode: token ids to text.
+        max_model_len: longest prompt + completion, tokens; as the server was told.
+        update_mode: 'keep', 'wait' or 'abort'.
+        generate_timeout_seconds: limit of one request.
         """
+        self.server, self.folder, self._decode = server, folder, decode
         self.max_model_len, self.weight_version = max_model_len, 0
-        self._model_path, self._arguments = str(model_path), list(arguments)
-        self.folder, self._log, self._decode = folder, log, decode
         self._update_mode, self._generate_timeout = update_mode, generate_timeout_seconds
-        self.server = self._start()
-
-    def _start(self) -> EngineServer:
-        fixed = ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--max-model-len"]
-        server = EngineServer(self._model_path, [*fixed, str(self.max_model_len), *self._arguments], log=self._log)
-        try:
-            server.ready(_START_SECONDS)
-        except EngineLost:
-            server.kill()
-            raise
-        return server
 
     def answers(self) -> bool:
         """Whether the server is alive and not frozen."""
@@ -99,43 +83,66 @@ class RemoteEngine:
 
     def restart(self) -> None:
         """End what is left of the server and start it again; it has version 0 until the next synchronisation."""
-        self.server.kill()
         self.weight_version = 0
-        self.server = self._start()
+        self.server.restart()
 
-    def write_orders(self, orders: dict[int, Orders]) -> None:
-        """Put down what each rank of the engine, by its number in the plan, does in a synchronisation."""
-        for rank, of_rank in orders.items():
-            (self.folder / f"orders_{rank}.json").write_text(of_rank.to_json())
-        self._first_rank = min(orders)
+    def give_orders(self, orders: dict[int, Orders], *, max_changed: float) -> dict[int, Door]:
+        """Tell each rank of the engine what synchronisations bring; once for each start of the server.
 
-    def load(self, messages: Path, *, version: int, verify: str, timeout_seconds: float) -> None:
-        """Load one version that the trained ranks put into the folder `messages`, and resume.
+        Args:
+            orders: by rank in the plan; those of an engine are consecutive.
+            max_changed: see `Exchange`.
+
+        Returns:
+            Where the ranks listen to trained ranks.
+
+        Raises:
+            EngineLost: the engine does not answer.
+        """
+        address = self.server.address
+        request = {
+            "orders": {str(rank): of_rank.to_text() for rank, of_rank in orders.items()},
+            "first_rank": min(orders),
+            "host": address.host,
+            "max_changed": max_changed,
+        }
+        workers = self._ask_workers("receive_orders", request, _CONTROL_SECONDS)
+        return {worker["rank"]: Door(address.host, worker["port"], address.token) for worker in workers}
+
+    def load(self, name: str, folder: Path | None, *, version: int, verify: str, timeout_seconds: float) -> None:
+        """Load one version that the trained ranks send, and resume.
+
+        Args:
+            name: of the round, used once.
+            folder: through which they send; None: to the ranks' doors.
+            version: of the weights.
+            verify: see `SyncConfig`.
+            timeout_seconds: limit of each wait of the ranks.
 
         Raises:
             EngineLost: the engine died, or has not loaded them; it is not resumed.
         """
         self.server.post("/pause", mode=self._update_mode, clear_cache="true", timeout_seconds=self._pause_seconds())
         request = {
+            "round": name,
+            "folder": None if folder is None else str(folder),
             "version": version,
             "verify": verify,
             "timeout_seconds": timeout_seconds,
-            "folder": str(messages),
-            "orders": str(self.folder / "orders_{rank}.json"),
-            "first_rank": self._first_rank,
         }
-        answer = self.server.post(
-            "/collective_rpc",
-            {"method": "load_trained_shards", "args": [json.dumps(request)]},
-            timeout_seconds=2 * timeout_seconds + _CONTROL_SECONDS,
-        )
-        errors = [worker["error"] for worker in answer["results"] if "error" in worker]
+        workers = self._ask_workers("load_trained_shards", request, 2 * timeout_seconds + _CONTROL_SECONDS)
+        errors = [worker["error"] for worker in workers if "error" in worker]
         if errors:
             raise EngineLost(errors[0])
         self.server.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=_CONTROL_SECONDS)
         self.server.post("/reset_prefix_cache", reset_running_requests="true", timeout_seconds=_CONTROL_SECONDS)
         self.server.post("/resume", timeout_seconds=_CONTROL_SECONDS)
         self.weight_version = version
+
+    def _ask_workers(self, method: str, request: dict[str, Any], timeout_seconds: float) -> list[dict[str, Any]]:
+        body = {"method": method, "args": [json.dumps(request)]}
+        answer = self.server.post("/collective_rpc", body, timeout_seconds=timeout_seconds)
+        return list(answer["results"])
 
     def _pause_seconds(self) -> float:
         return self._generate_timeout if self._update_mode == "wait" else _CONTROL_SECONDS
@@ -219,12 +226,15 @@ class RemoteEngine:
 
     def shutdown(self) -> None:
         """End the server."""
-        self.server.kill()
+        self.server.end()
 
 
-def server_arguments(rollout: RolloutConfig, *, dtype: str, seed: int) -> list[str]:
+def server_arguments(rollout: RolloutConfig, *, dtype: str, seed: int, max_model_len: int) -> list[str]:
     """Arguments of vLLM's server for a configuration."""
     chosen: dict[str, Any] = {
+        "logprobs_mode": "processed_logprobs",
+        "enable_scale_out": True,
+        "max_model_len": max_model_len,
         "dtype": dtype,
         "tensor_parallel_size": rollout.tensor_model_parallel_size,
         "max_num_seqs": rollout.max_num_seqs,

@@ -26,7 +26,9 @@ from vllm.platforms import current_platform
 
 from megatron_rl.rollout.reload import forget_expert_kernels, repack_output_weight
 from megatron_rl.weights.checksum import add, checksum
-from megatron_rl.weights.exchange import EngineShard, OnFilled, TransferError
+from megatron_rl.weights.exchange import OnFilled
+from megatron_rl.weights.messages import TransferError
+from megatron_rl.weights.orders import EngineShard
 from megatron_rl.weights.shard_plan import Slice
 
 _NEVER_ON_META = ("bias", "e_score_correction_bias")

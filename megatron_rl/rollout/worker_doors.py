@@ -3,51 +3,93 @@
 vLLM adds the class to its worker (`--worker-extension-cls`). A request brings only strings, answers are JSON.
 """
 
-import functools
 import json
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megatron_rl.rollout.door import TOKEN_VARIABLE
 from megatron_rl.rollout.shard_loading import load_shards
-from megatron_rl.weights.exchange import Exchange, Loader, Orders, TransferError, verified
+from megatron_rl.weights.exchange import Exchange, Loader, OnFilled, verified
 from megatron_rl.weights.folder import FolderTransport
+from megatron_rl.weights.messages import TransferError
+from megatron_rl.weights.orders import Orders
+from megatron_rl.weights.sockets import Listener, SocketTransport
 
-_mapped: dict[str, Tensor] = {}
-"""The worker's memory of messages, kept between synchronisations."""
+
+@dataclass
+class _Receiver:
+    """What a worker keeps between synchronisations."""
+
+    rank: int
+    orders: Orders
+    exchange: Exchange
+    listener: Listener
+    mapped: dict[str, Tensor] = field(default_factory=dict)
+
+    def transport(self, told: dict[str, Any]) -> FolderTransport | SocketTransport:
+        """To the trained ranks, for one round."""
+        limit = told["timeout_seconds"]
+        if told["folder"] is not None:
+            return FolderTransport(Path(told["folder"]), self.rank, timeout_seconds=limit, mapped=self.mapped)
+        token, name = os.environ[TOKEN_VARIABLE], told["round"]
+        senders = self.orders.senders
+        return self.listener.accept(senders, rank=self.rank, round=name, token=token, timeout_seconds=limit)
+
+
+_receiver: list[_Receiver] = []
+"""The one of this process, once there is one."""
 
 
 class WeightDoors:
     """Methods of the worker."""
 
+    on_filled: OnFilled | None = None
+    """See `shard_loading.ShardLoader`."""
+
+    def receive_orders(self, request: str) -> dict[str, Any]:
+        """Learn what synchronisations will bring.
+
+        Args:
+            request: JSON of `RemoteEngine.give_orders`.
+
+        Returns:
+            {"rank", "port"}: of this worker in the plan, and where it listens to trained ranks.
+        """
+        told = json.loads(request)
+        rank = told["first_rank"] + self.rank  # type: ignore[attr-defined]
+        orders = Orders.from_text(told["orders"][str(rank)])
+        exchange = Exchange(orders, max_changed=told["max_changed"])
+        listener = _receiver.pop().listener if _receiver else Listener(told["host"])
+        _receiver.append(_Receiver(rank, orders, exchange, listener))
+        return {"rank": rank, "port": listener.port}
+
     def load_trained_shards(self, request: str) -> dict[str, Any]:
         """Load one version from the trainers; the scheduler is paused.
 
         Args:
-            request: JSON of `rollout.remote`: version, verify, timeout_seconds, folder of the messages, and first_rank
-                of this engine in the plan, whose orders lie beside that folder.
+            request: JSON of `RemoteEngine.load`.
 
         Returns:
             {"rank"} if it is loaded, else {"rank", "error"}: the engine has no usable weights then.
         """
-        told = json.loads(request)
-        rank = told["first_rank"] + self.rank  # type: ignore[attr-defined]
-        transport = FolderTransport(Path(told["folder"]), rank, timeout_seconds=told["timeout_seconds"], mapped=_mapped)
-        orders = _orders(told["orders"].format(rank=rank))
-
-        def feed(loader: Loader) -> None:
-            check = verified(told["verify"], told["version"])
-            Exchange(orders, transport).run({}, loader, version=told["version"], verify=check)
-
+        told, (receiver,) = json.loads(request), _receiver
+        transport: FolderTransport | SocketTransport | None = None
         try:
-            load_shards(self, orders.shard, feed)
+            transport = receiver.transport(told)
+            messages = transport
+
+            def feed(loader: Loader) -> None:
+                check = verified(told["verify"], told["version"])
+                receiver.exchange.run({}, loader, messages, version=told["version"], verify=check)
+
+            load_shards(self, receiver.orders.shard, feed, self.on_filled)
         except TransferError as error:
-            transport.fail(f"rank {rank}: {error}")
-            return {"rank": rank, "error": str(error)}
-        return {"rank": rank}
-
-
-@functools.lru_cache(maxsize=1)
-def _orders(file: str) -> Orders:
-    return Orders.from_json(Path(file).read_text())
+            if transport is not None:
+                transport.fail(f"rank {receiver.rank}: {error}")
+            return {"rank": receiver.rank, "error": str(error)}
+        transport.close()
+        return {"rank": receiver.rank}

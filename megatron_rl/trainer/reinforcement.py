@@ -7,12 +7,15 @@ from torch import Tensor
 
 from megatron_rl.algorithms.advantages import RunningBaseline
 from megatron_rl.algorithms.metrics import Metric, combine
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, KLEstimator
 from megatron_rl.data.datasets import load_prompts, training_sequence
 from megatron_rl.data.order import DataOrder
-from megatron_rl.data.packing import PackedRow
+from megatron_rl.data.packing import NEW_VALUES, PackedRow
 from megatron_rl.data.samples import Completion, Prompt, Sample
-from megatron_rl.engine.step import forward_log_probs
+from megatron_rl.engine.actor_critic import ActorCritic, Values
+from megatron_rl.engine.head import Extra
+from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.step import forward_outputs
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rewards.registry import resolve_rewards
@@ -20,6 +23,7 @@ from megatron_rl.trainer import evaluation
 from megatron_rl.trainer.advantages import add_advantages
 from megatron_rl.trainer.collection import Collection
 from megatron_rl.trainer.convergence import convergence_metrics
+from megatron_rl.trainer.engines import place_engine
 from megatron_rl.trainer.estimators import needs_critic, resolve_estimator
 from megatron_rl.trainer.kl_penalty import KLPenalty
 from megatron_rl.trainer.learned_reward import LearnedReward
@@ -28,7 +32,7 @@ from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.objectives import PolicyGradientObjective, ValueObjective
 from megatron_rl.trainer.policy_losses import resolve_policy_loss
 from megatron_rl.trainer.rollout_log import write_rollouts
-from megatron_rl.trainer.rollouts import RolloutWorker, draw_seeds, place_engine, training_sampling
+from megatron_rl.trainer.rollouts import RolloutWorker, draw_seeds, training_sampling
 from megatron_rl.trainer.sample_report import sample_metrics, sample_records
 from megatron_rl.trainer.sync import WeightSync
 from megatron_rl.trainer.tokenizer import load_tokenizer
@@ -71,22 +75,25 @@ class Reinforcement:
         self.num_updates = num_samples // self.samples_per_update * config.train.num_epochs_per_step
         self.estimator = resolve_estimator(config.algorithm.advantage)
         self.policy_loss = resolve_policy_loss(config.algorithm.policy_loss)
+        shared = config.algorithm.critic.shared
+        self.values: list[Extra] = [Values()] if shared else []
         self.training = Training(
             config,
             groups,
             num_updates_per_step=self.num_updates,
-            with_critic=needs_critic(self.estimator),
+            build=ActorCritic if shared else Policy,
+            with_critic=needs_critic(self.estimator) and not shared,
             with_reference=bool(config.algorithm.kl.coefficient) or "ref_log_probs" in self.policy_loss.wants,
             records=records,
         )
         self.kl = KLPenalty(config.algorithm.kl, self.training.reference, self.training.state)
         self.learned_reward = LearnedReward(config, groups, tokenizer) if config.rewards.model.hf_path else None
         self.sampling = training_sampling(rollout.sampling)
-        longest = rollout.max_model_len or limit + rollout.sampling.max_response_tokens
-        engine = place_engine(config, layout, groups, max_model_len=longest)
+        engine = place_engine(config, layout, groups)
         self.worker = RolloutWorker(engine, rewards, layout, groups, config=config.rewards)
         self._sync = WeightSync(self.training, engine, layout, self.prompts)
         self.training.after_rollback = self.sync_weights
+        self.worker.bring_back = lambda: self._sync(self._sync.version)
 
     @property
     def on_policy(self) -> bool:
@@ -135,13 +142,18 @@ class Reinforcement:
             self.training.minibatch(sequences, range(start, start + size)) for start in range(0, len(sequences), size)
         ]
         rows = _rows(batches)
-        if not self.on_policy or self.kl.in_reward:
-            policy = self.training.policy
-            with policy.routing.recording():
-                outputs = forward_log_probs(policy, rows, temperature=self.sampling.temperature)
-            for row, (log_probs, _) in zip(rows, outputs, strict=True):
-                row.per_token["old_log_probs"] = log_probs
-        self.kl.add_log_probs(rows, temperature=self.sampling.temperature)
+        policy, recorded = self.training.policy, self.config.rollout.record_routes
+        if recorded:
+            policy.routing.take(rows, [routes for s in samples if (routes := s.completion.routes) is not None])
+        is_exact = self.config.algorithm.kl.estimator is KLEstimator.exact
+        if not self.on_policy or self.kl.in_reward or self.values or is_exact:
+            with policy.routing.replaying() if recorded else policy.routing.recording():
+                outputs = forward_outputs(policy, rows, temperature=self.sampling.temperature, extras=self.values)
+            for row, of_row in zip(rows, outputs, strict=True):
+                row.per_token["old_log_probs"] = of_row["log_probs"]
+                if NEW_VALUES in of_row:
+                    row.per_token["values"] = of_row[NEW_VALUES]
+        self.kl.add_log_probs(rows, policy=policy, temperature=self.sampling.temperature)
         if self.training.critic is not None:
             self.training.critic.add_values(rows)
         return batches
@@ -182,8 +194,14 @@ class Reinforcement:
                     policy_loss=self.policy_loss,
                     on_policy=self.on_policy,
                     kl_coefficient=self.kl.coefficient,
+                    reference=self.kl.logits,
                 )
-                update = training.update(batch, objective, temperature=self.sampling.temperature)
+                update = training.update(
+                    batch,
+                    objective,
+                    temperature=self.sampling.temperature,
+                    extras=self.values,
+                )
                 metrics = combine(metrics, update)
         found = training.reduce(metrics)
         if not warming_up:

@@ -20,15 +20,17 @@ from megatron_rl.device import this_device
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_log_probs
 from megatron_rl.placement.layout import Layout
+from megatron_rl.rollout.address import EngineLost
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.remote import NoEngine, RemoteEngine
+from megatron_rl.trainer.engines import Engine
 from megatron_rl.trainer.remote_sync import RemoteSync
-from megatron_rl.trainer.rollouts import Engine
 from megatron_rl.trainer.training import Training
 from megatron_rl.weights.engine_table import engine_maps
-from megatron_rl.weights.exchange import Exchange, Loader, OnFilled, Orders, verified
+from megatron_rl.weights.exchange import Exchange, Loader, OnFilled, verified
 from megatron_rl.weights.fp8_parameters import held_value
 from megatron_rl.weights.holders import EngineRanks, TrainedRanks, layer_of
+from megatron_rl.weights.orders import Orders
 from megatron_rl.weights.process_group import ProcessGroupTransport
 from megatron_rl.weights.quantization import quantized_tensors
 from megatron_rl.weights.shard_plan import ShardPlan
@@ -51,6 +53,8 @@ class WeightSync:
         probes = [prompt.token_ids for prompt in prompts[:NUM_PROBES]]
         self.probes = [ids if len(ids) > 1 else ids * 2 for ids in probes]
         self._bucket_bytes = int(self.config.bucket_megabytes * 2**20)
+        self.version = 0
+        """The latest that was sent."""
         self._remote: RemoteSync | None = None
         policy = training.policy
         if training.config.rollout.quantization is not None:
@@ -66,14 +70,13 @@ class WeightSync:
         )
         plan = plan_sync(policy, trained, engines, bucket_bytes=self._bucket_bytes)
         if isinstance(engine, RemoteEngine | NoEngine):
-            self._remote = RemoteSync(
-                policy, plan, engines, self.config, engine=engine, number=layout.engine(rank), folder=engine.folder
-            )
+            number = layout.engine(rank)
+            self._remote = RemoteSync(policy, plan, engines, self.config, engine=engine, number=number)
             return
         timeout = timedelta(seconds=self.config.timeout_seconds)
-        transport = ProcessGroupTransport(policy.groups.world, timeout=timeout, device=this_device())
+        self._transport = ProcessGroupTransport(policy.groups.world, timeout=timeout, device=this_device())
         self._orders = Orders.of(plan, rank, engines.expert_rows(rank))
-        self._exchange = Exchange(self._orders, transport)
+        self._exchange = Exchange(self._orders)
 
     def __call__(self, version: int, on_filled: OnFilled | None = None) -> dict[str, float]:
         """Load the policy's present weights into the engine under `version`; collective. `on_filled`: see the engine.
@@ -83,6 +86,7 @@ class WeightSync:
             SyncMismatchError: sync.verify found other log-probs in the engine than in the policy.
         """
         start = time.perf_counter()
+        self.version = version
         if self._remote is not None:
             self._remote(version)
             num_bytes = self._remote.sent_bytes
@@ -100,7 +104,7 @@ class WeightSync:
             verify = verified(self.config.verify.name, version)
             policy = self.training.policy
             held = {name: held_value(parameter, policy.dtype) for name, parameter in policy.parameters.items()}
-            self._exchange.run(held, loader, version=version, verify=verify)
+            self._exchange.run(held, loader, self._transport, version=version, verify=verify)
 
         cast(RolloutEngine, self.engine).load_shards(self._orders.shard, feed, version=version, on_filled=on_filled)
         return self._orders.received_bytes
@@ -127,7 +131,10 @@ class WeightSync:
         ((log_probs, _),) = forward_log_probs(self.training.policy, [row])
         if isinstance(self.engine, NoEngine):
             return
-        of_engine = self.engine.log_probs(self.probes)
+        try:
+            of_engine = self.engine.log_probs(self.probes)
+        except EngineLost:
+            return  # it has died since; whoever asks it next finds that, and it is sent and probed again
         # Joined before the maximum is taken: torch's is nan if one is, Python's depends on the order.
         ours = torch.cat(unpack(log_probs, row))
         theirs = torch.cat([torch.tensor(of_probe) for of_probe in of_engine])

@@ -27,20 +27,21 @@ def checksum(values: Tensor, start: Sequence[int] = (), row_step: int = 1) -> in
         row_step: its rows are so far apart there.
     """
     first_row, first_column = (*start, 0, 0)[:2]
-    bits = values.detach().view(_INTEGERS[values.element_size()]) if values.is_contiguous() else _bits(values)
-    bits = bits.reshape(len(bits), -1)
-    rows, columns = bits.shape
-    columns_hash = torch.arange(first_column, first_column + columns, device=bits.device) * _COLUMN
-    rows_hash = (first_row + torch.arange(rows, device=bits.device) * row_step) * _ROW + 1
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    elements = bits(values)
+    elements = elements.reshape(len(elements), -1)
+    rows, columns = elements.shape
+    columns_hash = torch.arange(first_column, first_column + columns, device=elements.device) * _COLUMN
+    rows_hash = (first_row + torch.arange(rows, device=elements.device) * row_step) * _ROW + 1
+    total = torch.zeros((), dtype=torch.int64, device=elements.device)
     for begin in range(0, rows, step := max(1, _CHUNK // max(1, columns))):
-        part = bits[begin : begin + step]
+        part = elements[begin : begin + step]
         total += (part.sum(1, dtype=torch.int64) * rows_hash[begin : begin + step]).sum()
         total += (part.sum(0, dtype=torch.int64) * columns_hash).sum()
     return int(total)
 
 
-def _bits(values: Tensor) -> Tensor:
+def bits(values: Tensor) -> Tensor:
+    """The elements as integers of as many bytes, in the same shape; a view where `values` is contiguous."""
     return values.detach().contiguous().view(_INTEGERS[values.element_size()])
 
 

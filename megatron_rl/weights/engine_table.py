@@ -10,7 +10,7 @@ how it is split, follows from the tensor's name by the rules below, for every de
     experts.N.gate_proj up_proj         row N of routed_experts.w13_weight; down_proj: of w2_weight
     o_proj down_proj                    split by columns
     embed_tokens lm_head                padded to a multiple of 64 rows, split by rows
-    other *_proj                        split by rows
+    other *_proj, sinks                 split by rows
     norms, router                       on every rank
 
 `rollout/shard_loading.py` compares shapes with the engine's before the first copy, so a release of vLLM that fuses
@@ -25,6 +25,7 @@ from megatron_rl.models.tensor_map import Run, TensorMap, gate_up, of_expert, re
 
 _VOCABULARY_MULTIPLE = 64
 _EXPERT = re.compile(r"^(?P<mlp>.*)\.experts\.(?P<number>\d+)\.(?P<part>\w+)\.weight$")
+_SINKS = ".self_attn.sinks"
 _GATE, _UP, _DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -56,7 +57,13 @@ def engine_maps(maps: Sequence[TensorMap], *, num_key_value_heads: int) -> list[
                 tensor_map = _dense_map(name, shape, shapes, num_key_value_heads)
             table.append(tensor_map)
             done.update(tensor_map.hf_shapes)
-    return table
+    return [_as_gpt_oss(entry) for entry in table] if any(entry.name.endswith(_SINKS) for entry in table) else table
+
+
+def _as_gpt_oss(tensor_map: TensorMap) -> TensorMap:
+    """vLLM's GPT-OSS has two names of its own."""
+    name = tensor_map.name.replace("model.embed_tokens.", "model.embedding.").replace(".self_attn.", ".attn.")
+    return replace(tensor_map, name=name)
 
 
 def _expert_map(name: str, shapes: Shapes) -> TensorMap:
@@ -91,6 +98,8 @@ def _dense_map(name: str, shape: tuple[int, ...], shapes: Shapes, num_key_value_
     if layer in ("o_proj", "down_proj") and len(shape) == 2:
         return split(name, name, shape, dim=1)
     if layer.endswith("_proj") and layer != "kv_a_proj_with_mqa" and kind in ("weight", "bias"):
+        return split(name, name, shape, dim=0)
+    if name.endswith(_SINKS):
         return split(name, name, shape, dim=0)
     return replicated(name, name, shape)
 

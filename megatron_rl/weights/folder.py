@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rl.weights.exchange import Pending, TransferError
+from megatron_rl.weights.exchange import Pending
+from megatron_rl.weights.messages import TransferError
 
 _POLL_SECONDS = 0.0002
 _FAILED = "failed"
@@ -52,15 +53,17 @@ class FolderTransport:
         return _Published(self, bucket, list(outgoing), dict(incoming))
 
     def message(self, bucket: int, sender: int, num_bytes: int) -> Tensor:
-        """Wait for a message to this rank.
+        """Wait for a message to this rank, of at most num_bytes.
 
         Raises:
-            TransferError: it takes longer than the time limit, has another size, or a peer has failed.
+            TransferError: it takes longer than the time limit, is longer, or a peer has failed.
         """
         sent = int(self.wait(bucket, sender, self.rank, exists=True).read_text())
-        if sent != num_bytes:
-            raise TransferError(f"weights from rank {sender}, bucket {bucket}: {sent} bytes, expected {num_bytes}")
-        return self._slot(bucket, sender, self.rank, num_bytes)
+        if sent > num_bytes:
+            raise TransferError(
+                f"weights from rank {sender}, bucket {bucket}: {sent} bytes, expected at most {num_bytes}"
+            )
+        return self._slot(bucket, sender, self.rank, sent)
 
     def wait(self, bucket: int, sender: int, receiver: int, *, exists: bool) -> Path:
         """Wait until a message exists or is gone.
@@ -87,6 +90,9 @@ class FolderTransport:
         partial = self.folder / f".{_FAILED}.{self.rank}"
         partial.write_text(reason)
         partial.rename(self.folder / _FAILED)
+
+    def close(self) -> None:
+        """Nothing: the folder belongs to the trained ranks."""
 
     def failure(self) -> str | None:
         """Why a peer has given up, if one has."""

@@ -12,6 +12,8 @@ from functools import cached_property
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.weights.shard_plan import Entry, Ranks
 
+_EMBEDDING = "model.embed"
+"""vLLM's embedding: embed_tokens, in GPT-OSS embedding."""
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -132,11 +134,11 @@ class EngineRanks:
         return expert // (least + 1) if expert < boundary else more + (expert - boundary) // least
 
     def _shards(self, tensor_map: TensorMap) -> tuple[Ranks, ...]:
-        stage = _stage(tensor_map.name, self.stage_of_layer, self.pipeline, "model.embed_tokens.")
+        stage = _stage(tensor_map.name, self.stage_of_layer, self.pipeline, _EMBEDDING)
         if tensor_map.expert is not None and self.expert_parallel:
             assert self.pipeline == 1, "vLLM spreads experts over the ranks of one stage"
             return self._single[self._owner(tensor_map.expert)]
-        on_both_ends = self.tied and tensor_map.name.startswith("model.embed_tokens.") and self.pipeline > 1
+        on_both_ends = self.tied and tensor_map.name.startswith(_EMBEDDING) and self.pipeline > 1
         shards = self._both_ends if on_both_ends else self._stages[stage]
         return self._merged[id(shards)] if tensor_map.replicated else shards
 

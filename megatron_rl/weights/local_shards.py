@@ -22,6 +22,8 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
 _FUSED_NORM = re.compile(r"^(.*)\.layer_norm_(weight|bias)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.*)$")
 _GROUPED_EXPERT = re.compile(r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
+VALUE_HEAD = "value_head"
+"""Where a model with a critic on its backbone keeps the critic's head; see `engine/actor_critic.py`."""
 _BUFFERS = (".router.expert_bias",)
 """Buffers that are weights of the Hugging Face checkpoint."""
 
@@ -30,12 +32,15 @@ def local_parameters(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
     """Weights of this rank's model chunks (unwrapped GPTModels) by table name: parameters, and buffers like them.
 
     Layers are numbered over the whole model, experts over their whole layer. The copy of a tied embedding that a last
-    pipeline stage keeps as its output layer is left out: it is the first stage's parameter.
+    pipeline stage keeps as its output layer is left out: it is the first stage's parameter. So is a value head beside
+    the output layer, which no table has.
     """
     parameters: dict[str, Tensor] = {}
     for chunk in chunks:
         weights = [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(_BUFFERS)]
         for name, parameter in (*chunk.named_parameters(), *weights):
+            if name.startswith(f"{VALUE_HEAD}."):
+                continue
             match = _LAYER.match(name)
             if match:
                 layer: Any = chunk.decoder.layers[int(match[1])]  # type: ignore[union-attr,index]

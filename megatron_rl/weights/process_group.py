@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rl.weights.exchange import Pending, TransferError
+from megatron_rl.weights.exchange import Pending
+from megatron_rl.weights.messages import TransferError
 
 
 class ProcessGroupTransport:

@@ -2,6 +2,7 @@
 
     format   weight                                     activation             scales
     fp8      float8_e4m3fn                              float8, dynamic        one per output channel / per token
+    fp8_block  float8_e4m3fn                            float8, dynamic        one per 128 x 128 / per 128 of a token
     int8     int8, symmetric, [-127, 127]               int8, dynamic          one per output channel / per token
     int4     int4, symmetric, [-7, 7]                   as they are            one per 128 inputs of a channel
     nvfp4    float4 e2m1                                as they are            float8 per 16 inputs, float32 per layer
@@ -12,7 +13,8 @@ here, so an engine that is sent these tensors has the same weights as the policy
 that is on the grid of fp8, int8 or int4 gives the same codes and scales again. A weight is rounded once, from the
 trained weight, and never from a rounded one of another format or grouping.
 
-The checkpoint's layout is that of the compressed-tensors library, which vLLM and transformers load.
+The checkpoint's layout is that of the compressed-tensors library, which vLLM and transformers load; fp8_block's is that
+of DeepSeek-V3's release, and its rounding vLLM's own, which an engine would do to the same weights, bit for bit.
 Source of the formats: github.com/vllm-project/compressed-tensors; OCP 8-bit floating point (E4M3), NVFP4 by NVIDIA.
 """
 
@@ -21,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl.config.schema import QuantizedFormat
@@ -36,10 +39,18 @@ _E4M3_MAX = 448.0
 _INT8_MAX, _INT4_MAX = 127.0, 7.0
 INT4_GROUP, NVFP4_GROUP = 128, 16
 """Consecutive inputs that share a scale."""
+FP8_BLOCK = 128
+"""Rows and columns of a block that shares a scale."""
+_FP8_BLOCK_FLOOR = 1e-4
+"""What vLLM takes for the largest magnitude of a block that has none larger."""
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of a 4-bit float, by code; the code's highest bit is the sign."""
 
-_GROUP_OF = {QuantizedFormat.int4: INT4_GROUP, QuantizedFormat.nvfp4: NVFP4_GROUP}
+_GROUP_OF = {
+    QuantizedFormat.int4: INT4_GROUP,
+    QuantizedFormat.nvfp4: NVFP4_GROUP,
+    QuantizedFormat.fp8_block: FP8_BLOCK,
+}
 
 
 def is_quantized(tensor_map: TensorMap) -> bool:
@@ -58,6 +69,8 @@ def refusal(format: QuantizedFormat, maps: Sequence[TensorMap]) -> str | None:
         for name, shape in tensor_map.hf_shapes.items():
             if shape[1] % group:
                 return f"{format.value} groups {group} inputs, and {name} has {shape[1]}"
+            if format is QuantizedFormat.fp8_block and shape[0] % group:  # vLLM fuses layers at block boundaries alone
+                return f"{format.value} groups {group} outputs, and {name} has {shape[0]}"
     return None
 
 
@@ -70,9 +83,10 @@ def quantize_group(format: QuantizedFormat, weights: dict[str, Tensor]) -> dict[
             them, wants it.
 
     Returns:
-        Name -> tensor. fp8, int8: `weight` [N, K] and `weight_scale` [N, 1] float32. int4: `weight_packed` int32
-        [N, K/8], `weight_scale` [N, K/128] in the weight's dtype, `weight_shape`. nvfp4: `weight_packed` uint8
-        [N, K/2], `weight_scale` float8 [N, K/16], `weight_global_scale` float32 [1].
+        Name -> tensor. fp8, int8: `weight` [N, K] and `weight_scale` [N, 1] float32. fp8_block: `weight` and
+        `weight_scale_inv` [N/128, K/128] float32, rounded up. int4: `weight_packed` int32 [N, K/8], `weight_scale`
+        [N, K/128] in the weight's dtype, `weight_shape`. nvfp4: `weight_packed` uint8 [N, K/2], `weight_scale` float8
+        [N, K/16], `weight_global_scale` float32 [1].
     """
     largest = torch.stack([weight.detach().abs().amax().float() for weight in weights.values()]).amax()
     stored: dict[str, Tensor] = {}
@@ -88,6 +102,8 @@ def _quantize(format: QuantizedFormat, weight: Tensor, largest: Tensor) -> dict[
         return _nvfp4(weight, largest)
     if format is QuantizedFormat.int4:
         return _int4(weight)
+    if format is QuantizedFormat.fp8_block:
+        return _fp8_block(weight)
     top = _E4M3_MAX if format is QuantizedFormat.fp8 else _INT8_MAX
     amax = weight.float().abs().amax(dim=1, keepdim=True)
     # Multiplied by the reciprocal and not divided by the scale, as ModelOpt does: the last bit decides ties.
@@ -97,6 +113,16 @@ def _quantize(format: QuantizedFormat, weight: Tensor, largest: Tensor) -> dict[
     else:
         codes = scaled.round().clamp(-top, top).to(torch.int8)
     return {"weight": codes, "weight_scale": amax / top}
+
+
+def _fp8_block(weight: Tensor) -> dict[str, Tensor]:
+    """scale = max(largest magnitude of the block, 1e-4) / 448, codes = weight * (1 / scale), in float32."""
+    rows, columns = weight.shape
+    padded = F.pad(weight.float(), (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
+    blocks = padded.unflatten(0, (-1, FP8_BLOCK)).unflatten(2, (-1, FP8_BLOCK))
+    scale = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp(min=_FP8_BLOCK_FLOOR) / _E4M3_MAX
+    codes = (blocks * (1.0 / scale)).to(torch.float8_e4m3fn).view(padded.shape)
+    return {"weight": codes[:rows, :columns].contiguous(), "weight_scale_inv": scale[:, 0, :, 0].contiguous()}
 
 
 def _int4(weight: Tensor) -> dict[str, Tensor]:
@@ -133,6 +159,10 @@ def dequantize(format: QuantizedFormat, stored: dict[str, Tensor]) -> Tensor:
     """The weight [N, K], float32, that a layer's stored tensors (named without the layer) stand for."""
     if format in (QuantizedFormat.fp8, QuantizedFormat.int8):
         return stored["weight"].float() * stored["weight_scale"]
+    if format is QuantizedFormat.fp8_block:
+        codes = stored["weight"].float()
+        scales = stored["weight_scale_inv"].repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+        return codes * scales[: codes.shape[0], : codes.shape[1]]
     packed, scale = stored["weight_packed"].long(), stored["weight_scale"].float()
     if format is QuantizedFormat.int4:
         codes = (packed[..., None] >> torch.arange(0, 32, 4, device=packed.device)) & 15
@@ -169,7 +199,14 @@ def quantized_tensors(
 
 
 def quantization_config(format: QuantizedFormat) -> dict[str, Any]:
-    """The entry `quantization_config` of config.json: what compressed-tensors, hence vLLM and transformers, reads."""
+    """The entry `quantization_config` of config.json: what vLLM and transformers read."""
+    if format is QuantizedFormat.fp8_block:
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        }
     per_token = {"dynamic": True, "strategy": "token", "symmetric": True}
     eight_bits = {"num_bits": 8, "strategy": "channel", "symmetric": True, "dynamic": False}
     kinds: dict[QuantizedFormat, tuple[str, dict[str, Any], dict[str, Any] | None]] = {

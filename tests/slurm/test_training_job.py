@@ -1,9 +1,14 @@
 """GRPO as a Slurm job over two nodes: whatever ends an attempt, the job comes back and ends as an undisturbed run."""
 
+import json
+import os
+import signal
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.runs import Run, reference, repeatable
@@ -91,3 +96,56 @@ def test_data_parallel_over_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
     ended = cluster.wait(number, timeout_s=600.0)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     assert_equal(job, here)
+
+
+def of_job(number: str) -> list[psutil.Process]:
+    """What runs in a job, its batch script aside."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            environment = process.environ()
+        except psutil.Error:
+            continue
+        if environment.get("SLURM_JOB_ID") == number and "SLURM_STEP_NUM_TASKS" in environment:
+            found.append(process)
+    return found
+
+
+def engine_server(number: str) -> psutil.Process:
+    """The vLLM server of a job with one engine."""
+    (server,) = (one for one in of_job(number) if "vllm.entrypoints.openai.api_server" in one.cmdline())
+    return server
+
+
+def test_an_engine_on_a_node_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
+    """Node n0 trains, node n1 generates. The engine is killed, later the job is told to save; nothing of it is left in
+    the numbers, which are those of one machine, where the rank starts the engine itself."""
+    sections = {
+        "parallel": {"tensor_model_parallel_size": 1},
+        "rollout": {"placement": "disaggregated", "num_engines": 1},
+        "train": {"num_steps": 6},
+    }
+    here = Run(tmp_path / "here", **sections).succeed()
+    run = Run(tmp_path / "job", **sections)
+    job = submit(cluster, run, RUN_SLEEPS="0.2")
+    until(lambda: is_under_way(run), "the second row of metrics", 300.0)
+    server = engine_server(job)
+    assert server.environ()["SLURMD_NODENAME"] == "n1"
+    (published,) = run.directory.logs_dir.glob(f"engines/{job}.*/engine_0.json")
+    assert stat.S_IMODE(published.stat().st_mode) == 0o600
+    token = json.loads(published.read_text())["token"]
+    assert token == server.environ()["MEGATRON_RL_ENGINE_TOKEN"]
+    assert not any(token in " ".join(process.cmdline()) for process in psutil.process_iter())
+    os.killpg(server.pid, signal.SIGKILL)
+    killed_at = len(run.rows)
+    until(lambda: is_under_way(run, killed_at + 1), "a step after the engine's death", 300.0)
+    assert engine_server(job).pid != server.pid
+    assert cluster.job(job)["Restarts"] == "0"
+    cluster.call("scancel", "--signal=USR1", job)
+    ended = cluster.wait(job, timeout_s=600.0)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    assert run.exported_bytes == here.exported_bytes
+    trained = [row for row in run.rows if "sync/version" in row]
+    assert [row["sync/version"] for row in trained] == [1, 2, 3, 4, 5, 6]
+    assert all(row["staleness/max"] == 0 for row in trained)
+    assert not of_job(job)

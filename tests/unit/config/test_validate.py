@@ -166,7 +166,23 @@ def test_what_is_sound_passes(empty: Path, keys: Sequence[str], world_size: int 
         ),
         (
             ["parallel.expert_tensor_parallel_size=2", "parallel.data_parallel_size=2"],
-            "parallel.expert_tensor_parallel_size: given 2, allowed: 1 (tensor_model_parallel_size) with expert_model",
+            "parallel.expert_tensor_parallel_size: given 2, allowed: 1 for a model without experts",
+        ),
+        (
+            ["rollout.record_routes=true"],
+            "rollout.record_routes: given True, allowed: false without model.moe_routing_replay",
+        ),
+        (
+            ["rollout.record_routes=true", "model.moe_routing_replay=true", "rollout.enforce_eager=false"],
+            "rollout.record_routes: given True, allowed: false without rollout.enforce_eager",
+        ),
+        (
+            ["model.transformer_config.moe_router_load_balancing_type=seq_aux_loss"],
+            "model.transformer_config.moe_router_load_balancing_type: given 'seq_aux_loss', allowed: none, aux_loss",
+        ),
+        (
+            ["model.transformer_config.moe_aux_loss_coeff=0.1"],
+            "model.transformer_config.moe_aux_loss_coeff: given 0.1, allowed: 0 without moe_router_load_balancing",
         ),
         (
             ["parallel.expert_model_parallel_size=2", "parallel.data_parallel_size=2"],

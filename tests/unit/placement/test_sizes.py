@@ -123,6 +123,31 @@ def test_what_does_not_fit_is_refused_with_the_remedy() -> None:
         check_memory(needed, config, gpu_gigabytes=2000)
 
 
+def test_activations_are_korthikantis() -> None:
+    """34 s b h / t bytes of a layer without its scores (arXiv:2205.05198, section 4.2.2), of which 2 s b h are masks of
+    dropout, that here is none; of a model as theirs is: as many key-value heads, an MLP of 4 h channels, no gate."""
+    hf = {
+        "architectures": ["NemotronForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 8,
+        "hidden_act": "relu2",
+        "vocab_size": 16,
+        "max_position_embeddings": 64,
+        "norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "tie_word_embeddings": False,
+    }
+    config = config_of(tensor_model_parallel_size=4, sequence_parallel=True)
+    config.train.micro_batch_tokens = 100
+    (stage,) = plan(config, model_sizes(hf, tp=4), Layout(4, 1, 1), tokens_per_step=100).stages
+    of_head = 2 * 100 * 64 // 4
+    assert stage.activations - of_head == 32 * 100 * 64 // 4
+
+
 def test_mfu() -> None:
     """3e14 operations in 2 s on 3 GPUs of 100 TFLOP/s each."""
     assert mfu(3e14, 2.0, 3, 100.0) == 0.5

@@ -19,7 +19,8 @@ from megatron_rl.data.packing import pack, unpack
 from megatron_rl.data.samples import Prompt, TrainingSequence
 from megatron_rl.placement.layout import Layout
 from megatron_rl.weights.checksum import add, checksum
-from megatron_rl.weights.exchange import EngineShard, Loader
+from megatron_rl.weights.exchange import Loader
+from megatron_rl.weights.orders import EngineShard
 from megatron_rl.weights.shard_plan import Slice
 from tests.checkpoints import make_checkpoint
 from tests.distributed.spawn import run_ranks

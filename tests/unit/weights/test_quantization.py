@@ -13,6 +13,7 @@ FORMATS = tuple(QuantizedFormat)
 ROUND_TRIP = {
     # Half the widest step of the grid, as a part of the largest magnitude that shares the scale.
     QuantizedFormat.fp8: 16 / 448,  # from 256 to 448 the values are 32 apart
+    QuantizedFormat.fp8_block: 16 / 448,
     QuantizedFormat.int8: 0.5 / 127,
     QuantizedFormat.int4: 0.5 / 7,
     # From 4 to 6 the values are 2 apart; and the scale itself is rounded to 3 bits of mantissa, by at most 1/16.
@@ -44,6 +45,37 @@ def test_fp8_by_hand() -> None:
     assert tensors["weight_scale"].tolist() == [[1.0]]
 
 
+def test_fp8_blocks_by_hand() -> None:
+    # Blocks of 128 x 128 have a scale each: 896 / 448 = 2, and vLLM's floor of 1e-4 where there are only zeros.
+    weight = torch.zeros(129, 256)
+    weight[0, 0], weight[127, 1], weight[128, 130] = 896.0, 35.0, -448.0
+    tensors = stored(QuantizedFormat.fp8_block, weight)
+    floor = torch.tensor(1e-4) / 448
+    assert tensors["weight_scale_inv"].tolist() == [[2.0, float(floor)], [float(floor), 1.0]]
+    codes = tensors["weight"].float()
+    # 17.5 is nearer to 18 than to 16, and codes are 2 apart there.
+    assert (codes[0, 0], codes[127, 1], codes[128, 130]) == (448.0, 18.0, -448.0)
+    assert torch.count_nonzero(codes) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(128, 128), (384, 256), (200, 300)])
+def test_fp8_blocks_are_rounded_as_vllm_rounds_them(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Bit for bit what an engine makes of the same weights with its own `fp8_per_block`, blocks cut at the edge too.
+
+    vLLM's function as it is written; compiled, which takes half a minute here, it may round the reciprocal otherwise.
+    """
+    from vllm.utils.deep_gemm import per_block_cast_to_fp8
+
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight[: shape[0] // 2] *= 1e-6  # below the floor
+    with torch.compiler.set_stance("force_eager"):
+        codes, scales = per_block_cast_to_fp8(weight, [128, 128], use_ue8m0=False)
+    tensors = stored(QuantizedFormat.fp8_block, weight)
+    assert torch.equal(tensors["weight"].view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(tensors["weight_scale_inv"], scales)
+
+
 def test_nvfp4_by_hand() -> None:
     # The layer's largest magnitude, 6, gives the float32 scale 448 * 6 / 6; its group's own scale is 6 / 6 * 448 = 448.
     # Then every value is a code's magnitude; 2.5 is a tie between 2 (code 4) and 3 (code 5): the even code.
@@ -69,8 +101,11 @@ def test_int4_is_packed_as_compressed_tensors_packs_it() -> None:
 def test_the_error_is_within_half_a_step(format: QuantizedFormat) -> None:
     weight = draw()
     error = (dequantize(format, stored(format, weight)) - weight).abs()
-    shares = {QuantizedFormat.int4: 128, QuantizedFormat.nvfp4: 16}.get(format, weight.shape[1])
+    groups = {QuantizedFormat.int4: 128, QuantizedFormat.nvfp4: 16, QuantizedFormat.fp8_block: 128}
+    shares = groups.get(format, weight.shape[1])
     largest = weight.unflatten(1, (-1, shares)).abs().amax(2, keepdim=True)
+    if format is QuantizedFormat.fp8_block:
+        largest = largest.amax(0, keepdim=True)  # all rows of the draw are in one block
     relative = float((error.unflatten(1, (-1, shares)) / largest).max())
     # Not far below the bound either: a grid finer than the format's would be another format.
     assert 0.5 * ROUND_TRIP[format] < relative <= ROUND_TRIP[format] * (1 + 1e-5)
