@@ -71,9 +71,11 @@ def test_config_json_says_the_dtype(tmp_path: Path, hf_path: Path, converted: Pa
     half = Path(shutil.copytree(hf_path, tmp_path / "half"))
     config = json.loads((half / "config.json").read_text())
     (half / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    (half / "model.safetensors").unlink()  # else each tensor is written in the dtype that it has there
     megatron_to_hf(checkpoint=converted, hf_path=half, output=tmp_path / "back")
     written = load_file(tmp_path / "back" / "model.safetensors")
     for name, tensor in load_file(hf_path / "model.safetensors").items():
+        assert written[name].dtype is torch.bfloat16
         assert torch.equal(written[name], tensor.to(torch.bfloat16)), name
 
 
