@@ -102,6 +102,28 @@ def test_an_array_gives_each_task_its_settings(cluster: Cluster, tmp_path: Path)
     }
 
 
+def test_evaluations_and_conversions_are_jobs_too(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("import os, sys\nprint(os.environ['SLURM_PROCID'], *sys.argv[1:])")
+    program = {"MEGATRON_RL": f"{sys.executable} program.py"}
+    evaluate, convert = (str(SCRIPT.with_name(f"{name}.sbatch")) for name in ("evaluate", "convert"))
+    sets = ("c.yaml", "seed=3", "--", "name=low", "--", "name=high", "lr=2")
+    array = cluster.submit(
+        "--array=0-1", "--nodes=2", "--ntasks-per-node=1", "--output=evaluate_%a", evaluate, *sets,
+        cwd=tmp_path, **program,
+    )  # fmt: skip
+    one = cluster.submit("--output=convert", convert, "megatron-to-hf", "--output", "x", cwd=tmp_path, **program)
+    for job in (f"{array}_0", f"{array}_1", one):
+        assert cluster.wait(job)["JobState"] == "COMPLETED"
+    shown = {
+        name: sorted((tmp_path / name).read_text().splitlines()) for name in ("evaluate_0", "evaluate_1", "convert")
+    }
+    assert shown == {
+        "evaluate_0": [f"{rank} evaluate c.yaml seed=3 name=low" for rank in (0, 1)],
+        "evaluate_1": [f"{rank} evaluate c.yaml seed=3 name=high lr=2" for rank in (0, 1)],
+        "convert": ["0 convert megatron-to-hf --output x"],
+    }
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
