@@ -14,9 +14,13 @@ SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 PROGRAM = """
 import os, sys, time
 task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
-file = f"starts_{os.environ['SLURM_PROCID']}_{task}"
-number = len(open(file).read()) if os.path.exists(file) else 0
-open(file, "a").write("x")
+def starts(rank):
+    file = f"starts_{rank}_{task}"
+    return len(open(file).read()) if os.path.exists(file) else 0
+number = starts(os.environ["SLURM_PROCID"])
+open(f"starts_{os.environ['SLURM_PROCID']}_{task}", "a").write("x")
+while min(starts(0), starts(1)) <= number:  # the first to fail ends the other, which must have been counted
+    time.sleep(0.01)
 print("rank", os.environ["SLURM_PROCID"], "of", os.environ["SLURM_NTASKS"], "on", os.environ["SLURMD_NODENAME"],
       *sys.argv[1:], flush=True)
 codes = [int(code) for code in os.environ["CODES"].split(",")]
