@@ -1,13 +1,13 @@
 # The GPU environment as a container: docker build -f containers/gpu.Dockerfile -t megatron-rl .
-# Written from the packages' requirements and not built yet; see docs/gpu.md.
+# Not built yet; its first two steps' packages have been installed elsewhere, see docs/gpu.md.
 FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04
 
 RUN apt-get update && apt-get install -y --no-install-recommends python3.12 python3.12-dev python3.12-venv git build-essential \
     && rm -rf /var/lib/apt/lists/*
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH
-# GPUs to build Transformer Engine and flash-attn for: 90 is Hopper, 100 Blackwell.
+# GPUs to build Transformer Engine for: 90 is Hopper, 100 Blackwell.
 ARG CUDA_ARCHS=90
-ENV NVTE_CUDA_ARCHS=${CUDA_ARCHS} FLASH_ATTN_CUDA_ARCHS=${CUDA_ARCHS} MAX_JOBS=8
+ENV NVTE_CUDA_ARCHS=${CUDA_ARCHS} NVTE_FRAMEWORK=pytorch MAX_JOBS=8
 WORKDIR /opt/megatron_rl
 # The slow layers depend on the versions alone, so that a change of the code rebuilds the last one only.
 COPY requirements/gpu.txt requirements/gpu-build.txt requirements/

@@ -2,13 +2,16 @@
 
     python tools/bench_convert.py [--layers 28]
 
-Two ranks import their shards and export them again. Memory is what the process holds for itself (RssAnon of
-/proc/self/status, the page cache left out), at its peak over the import, less what it held before. The same files are
-copied in the same run, by one process, for comparison. Everything goes to a temporary folder, which is deleted.
+Two ranks build their part of the model, import its weights and export them again. Memory is what a process holds for
+itself (RssAnon of /proc/self/status, the page cache left out), at its peak while the model is built and imported, less
+what it held before; it is to be the shard and at most one tensor. The same files are copied in the same run, by one
+process, for comparison: once before and once after, of which the mean is told. All begin with files that the page cache
+has forgotten, and end when what they wrote is on the disk. Everything goes to a temporary folder, which is deleted.
 """
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -71,24 +74,48 @@ class PeakMemory:
 def convert(rank: int, source: str, output: str) -> dict[str, float]:
     """One rank: build, import, export."""
     parallel = ParallelConfig(tensor_model_parallel_size=2)
-    model = ModelConfig(hf_path=source, params_dtype=Dtype.bfloat16, load_weights=False)
-    # Weights are drawn when the model is built, so that the import fills memory that is there already.
-    policy = Policy(model, initialize(parallel, seed=0), parallel)
-    shard = sum(p.numel() * p.element_size() for p in policy.parameters.values())
-    torch.distributed.barrier()
+    # Without weights, and without drawing any: as they are when they are about to be read.
+    drawn = {"perform_initialization": False}
+    model = ModelConfig(hf_path=source, params_dtype=Dtype.bfloat16, load_weights=False, transformer_config=drawn)
+    groups = initialize(parallel, seed=0)
     with PeakMemory() as memory:
+        policy = Policy(model, groups, parallel, trained=False)
+        torch.distributed.barrier()
         begin = time.perf_counter()
         policy.load_hf_weights(Path(source))
         torch.distributed.barrier()
         imported = time.perf_counter()
+    shard = sum(p.numel() * p.element_size() for p in policy.parameters.values())
     export_hf(policy, Path(output))
+    settle(Path(output))
+    torch.distributed.barrier()
     exported = time.perf_counter()
     return {
         "import_s": imported - begin,
         "export_s": exported - imported,
         "shard": shard,
-        "above_shard": memory.peak - memory.before,
+        "peak": memory.peak - memory.before,
     }
+
+
+def settle(folder: Path) -> None:
+    """Write a folder's files to the disk and let the page cache forget them."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDWR)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """Of copying a folder; the copy is deleted."""
+    settle(source)
+    begin = time.perf_counter()
+    shutil.copytree(source, target)
+    settle(target)
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(target)
+    return seconds
 
 
 def main() -> None:
@@ -109,21 +136,20 @@ def main() -> None:
                 for begin in range(len(file.header), file.num_bytes, 1 << 24):
                     count = min(1 << 24, file.num_bytes - begin)
                     stream.write(torch.randint(256, (count,), dtype=torch.uint8).numpy().data)
-        begin = time.perf_counter()
-        shutil.copytree(source, Path(root, "copy"))
-        copied = time.perf_counter() - begin
-        shutil.rmtree(Path(root, "copy"))
+        copies = [copy_seconds(source, Path(root, "copy"))]
+        settle(source)
         ranks = run_ranks(convert, 2, str(source), str(output), timeout_s=400.0)
+        copies.append(copy_seconds(source, Path(root, "copy")))
         same = all((source / f.name).read_bytes() == (output / f.name).read_bytes() for f in plan.files)
-    megabytes = plan.num_bytes / 1e6
-    print(f"{megabytes:.0f} MB in {len(plan.files)} files; copied at {megabytes / copied:.0f} MB/s")
+    megabytes, copied = plan.num_bytes / 1e6, sum(copies) / len(copies)
+    speeds = " and ".join(f"{megabytes / seconds:.0f}" for seconds in copies)
+    print(f"{megabytes:.0f} MB in {len(plan.files)} files; copied at {speeds} MB/s")
     for way in ("import", "export"):
         speed = megabytes / max(rank[f"{way}_s"] for rank in ranks)
         print(f"{way}: {speed:.0f} MB/s, {speed * copied / megabytes:.2f} of the copy")
     for rank, values in enumerate(ranks):
-        print(
-            f"rank {rank}: shard {values['shard'] / 1e6:.0f} MB, import {values['above_shard'] / 1e6:.0f} MB above it"
-        )
+        peak, shard = values["peak"] / 1e6, values["shard"] / 1e6
+        print(f"rank {rank}: peak {peak:.0f} MB = shard {shard:.0f} MB + {peak - shard:.0f} MB")
     print(f"largest tensor {largest / 1e6:.0f} MB; the export is {'the same bytes' if same else 'NOT the same bytes'}")
 
 

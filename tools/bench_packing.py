@@ -2,10 +2,10 @@
 
     python tools/bench_packing.py GSM8K.jsonl [--batch 1024] [--micro-batch-tokens 8192] [--no-step]
 
-Lengths are those of GSM8K's questions and answers under a tokenizer of bytes pairs trained on the file itself, so no
+Lengths are those of GSM8K's questions and answers under a tokenizer of byte pairs trained on the file itself, so no
 download is needed. For 8 and 64 data-parallel ranks: packing efficiency and imbalance of tokens, and the lowest
 imbalance that the data allow. A step is forward and backward of a small Qwen3 on this machine's CPU, once over packed
-rows and once over the same sequences, each filled up to the longest of its row, as padding does.
+rows and once over the same sequences, each filled up to the longest of the batch, as padding does.
 """
 
 import argparse

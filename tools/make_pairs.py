@@ -4,7 +4,9 @@
 
     OUT/pairs.jsonl     {"prompt", "chosen", "rejected"}: the answer of highest reward with each that has a lower one
     OUT/judged.jsonl    {"prompt", "response", "label"}: of each prompt the best answer and a worse one, true and false
-    OUT/heldout_pairs.jsonl, OUT/heldout_judged.jsonl: of other prompts
+    OUT/steps.jsonl     {"prompt", "response", "label"}: answers by their characters and their end, each right while the
+                        answer up to it begins as the best one does; for problems with one right answer
+    OUT/heldout_*.jsonl the same of other prompts
 
 CONFIG is a recipe of kind rl: its model answers its prompts, and its rewards judge. A prompt whose answers all have the
 same reward makes no pair.
@@ -49,9 +51,9 @@ def sample_groups(config: Config, num_prompts: int) -> list[list[Sample]]:
     return [score([p] * len(of_p), of_p, rewards) for p, of_p in zip(prompts, completions, strict=True)]
 
 
-def write(folder: Path, prefix: str, groups: list[list[Sample]], prompt_key: str) -> int:
-    """Write the pairs and the single answers of some prompts; return the number of pairs."""
-    pairs, judged = [], []
+def write(folder: Path, prefix: str, groups: list[list[Sample]], prompt_key: str, end: str) -> int:
+    """Write pairs, single answers and steps of some prompts; return the number of pairs. `end`: of an answer."""
+    pairs, judged, steps = [], [], []
     for group in groups:
         ended = [sample for sample in group if sample.completion.finish_reason == "stop" and sample.completion.text]
         if not ended:
@@ -64,8 +66,12 @@ def write(folder: Path, prefix: str, groups: list[list[Sample]], prompt_key: str
         for text, label in ((best.completion.text, True), *((text, False) for text in list(worse)[:1])):
             if worse:
                 judged.append({"prompt": prompt, "response": text, "label": label})
-    for name, rows in ((f"{prefix}pairs.jsonl", pairs), (f"{prefix}judged.jsonl", judged)):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for text in (best.completion.text, *worse) if worse else ():
+            right = [best.completion.text.startswith(text[:i]) for i in range(1, len(text) + 1)]
+            right.append(text == best.completion.text)
+            steps.append({"prompt": prompt, "response": [*text, end], "label": right})
+    for name, rows in (("pairs", pairs), ("judged", judged), ("steps", steps)):
+        (folder / f"{prefix}{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return len(pairs)
 
 
@@ -82,8 +88,9 @@ def main() -> None:
     groups = sample_groups(config, arguments.num_prompts)
     arguments.out.mkdir(parents=True, exist_ok=True)
     num_heldout = int(len(groups) * arguments.heldout_fraction)
-    heldout = write(arguments.out, "heldout_", groups[:num_heldout], config.data.prompt_key)
-    train = write(arguments.out, "", groups[num_heldout:], config.data.prompt_key)
+    end = load_tokenizer(config.model.hf_path).eos_token
+    heldout = write(arguments.out, "heldout_", groups[:num_heldout], config.data.prompt_key, end)
+    train = write(arguments.out, "", groups[num_heldout:], config.data.prompt_key, end)
     print(f"{arguments.out}: {train} pairs and {heldout} held-out pairs of {len(groups)} prompts")
 
 

@@ -4,8 +4,9 @@
     python tools/run_algorithms.py --table             the table of all such runs in runs/
 
 It needs the quickstart's material, runs/arithmetic and runs/quickstart_sft, in the current folder; recipes on judged
-answers also runs/arithmetic_pairs (tools/make_pairs.py), and quickstart_ppo_learned the run of quickstart_reward_model.
-A policy that was trained on preferences is evaluated afterwards on the held-out problems of the others.
+answers also runs/arithmetic_pairs (tools/make_pairs.py); a recipe that names the run of another recipe, as that of
+quickstart_ppo_learned does, that run. A policy that was trained on preferences or on targets is evaluated afterwards on
+the held-out problems of the others.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from megatron_rl.trainer.run_directory import RunDirectory
 RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
 PREFIX = "quickstart_"
 ACCURACY = "eval/heldout/accuracy"
-SHOWN = (ACCURACY, "eval/heldout/pair_accuracy", "eval/heldout/abs_error")
+SHOWN = (ACCURACY, *(f"eval/heldout/{name}" for name in ("pair_accuracy", "step_accuracy", "abs_error")))
 """Metrics of which the first and the last value say what a run was for; the first that a run has is taken."""
 EVALUATED = "evaluated.json"
 """In a run's folder: accuracy before and after, of a run that does not generate."""
@@ -38,7 +39,7 @@ def main() -> None:
     for name in arguments.names:
         call("train", name, "logging.progress=false")
         run = Path("runs") / f"{PREFIX}{name}"
-        if config_of(run)["recipe"] == "preference":
+        if config_of(run)["recipe"] in ("preference", "sft"):
             before, after = (accuracy_of(path) for path in (config_of(run)["model"]["hf_path"], str(run / "hf")))
             (run / EVALUATED).write_text(json.dumps({"before": before, "after": after}) + "\n")
     names = sorted(path.name.removeprefix(PREFIX) for path in Path("runs").glob(f"{PREFIX}*"))

@@ -16,10 +16,10 @@ So k1 belongs in the reward, k2 in the loss, and k3 is the one to report: unbias
 for samples of `log_probs`' own policy; samples of an older policy need an importance weight in front. With that weight,
 differentiated too, k1 and k3 are right in value and in gradient (`weighted_kl_estimate`), on-policy and off.
 
-The exponent's sign matters: exp(d) - 1 - d under samples of the policy does not estimate this KL. It is
-often printed so, as (r - 1) - log r with r = policy / reference: for d = 0.1, -0.5, 0.1, 1.2 that sums to 1.237, the
-right one to 0.660 (and k1 to 0.9). In the same way E_old[log old/new], and E_old[r - 1 - log r] with r = new / old, are
-the KL of (old || new), not of (new || old).
+The exponent's sign matters: exp(d) - 1 - d under samples of the policy does not estimate this KL. It is often printed
+so, as (r - 1) - log r with r = policy / reference: for d = 0.1, -0.5, 0.1, 1.2 that sums to 1.237, the right one to
+0.660, and k1 to 0.9 (the 0.657 that stands beside this example follows neither). In the same way E_old[log old/new],
+and E_old[r - 1 - log r] with r = new / old, are the KL of (old || new), not of (new || old).
 
 An estimate per token, summed over a completion, is of the KL of completions only in expectation over the policy's own
 prefixes, and never so for the tokens of a data set: there take `exact_kl`.

@@ -73,6 +73,33 @@ def rewards_spread_over_steps(scores: Tensor, step_ends: Tensor, loss_mask: Tens
     return torch.where(loss_mask != 0, (totals / tokens.clamp(min=1))[steps], 0.0).float()
 
 
+def on_scale(scores: Tensor, scale: str) -> Tensor:
+    """What a reward model says, as a reward: its score s, or sigmoid(s), or log sigmoid(s).
+
+    Of a model that was trained on right and wrong steps (`reward_model_loss.process_reward_loss`) s is a logit.
+    Summed over steps logits reward length: each further step that looks right adds to them. The log-probabilities of
+    the steps add up to that of all of them being right (as Lightman et al. 2023, arXiv:2305.20050, score a solution),
+    which no further step raises.
+
+    Args:
+        scores: any shape, float.
+        scale: 'score', 'probability' or 'log_probability'.
+
+    Returns:
+        As scores.
+
+    Raises:
+        ValueError: unknown scale.
+    """
+    if scale == "score":
+        return scores
+    if scale == "probability":
+        return scores.sigmoid()
+    if scale == "log_probability":
+        return torch.nn.functional.logsigmoid(scores)
+    raise ValueError(f"unknown scale {scale!r}; one of 'score', 'probability', 'log_probability'")
+
+
 def kl_in_rewards(rewards: Tensor, kl: Tensor, loss_mask: Tensor, *, coefficient: float) -> Tensor:
     """Token rewards with the KL penalty taken off each: r_t - coefficient kl_t.
 

@@ -5,13 +5,17 @@ built here once, whole, without gradients or optimizer, and core reads or writes
 size 1. What the tensors are on the other side comes from the family's table, as everywhere.
 
 A converted checkpoint has the shape of a run's (`iter_0000000` and the tracker file), but holds a model only. A run's
-checkpoint is read as well, of its content only the model's tensors and what core stores once for all ranks.
+checkpoint is read as well, of this trainer or another of Megatron's (see `stored_names`), of its content only the
+model's tensors and what core stores once for all ranks. Classifiers, which are models with a scalar head, are
+converted as language models are.
 
 The model takes the memory of its weights once: on the GPU if there is one, else (CUDA_VISIBLE_DEVICES= ) on the host.
 """
 
+import functools
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,41 +24,58 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from megatron_rl.checkpoint.folders import LATEST, CheckpointError, iteration_folder, latest_step
-from megatron_rl.checkpoint.hf_export import checkpoint_dtype, together, written_config, written_dtypes
-from megatron_rl.checkpoint.integrity import check_files, loading
-from megatron_rl.checkpoint.verify import largest_log_prob_difference
+from megatron_rl.checkpoint.folders import LATEST, CheckpointError, cannot_write, iteration_folder, latest_step
+from megatron_rl.checkpoint.hf_export import (
+    DTYPES_OF_WEIGHTS,
+    checkpoint_dtype,
+    together,
+    written_config,
+    written_dtypes,
+)
+from megatron_rl.checkpoint.integrity import check_files, loading, stored_dtypes
+from megatron_rl.checkpoint.stored_names import names_of, tensors_to_load, tensors_to_save
+from megatron_rl.checkpoint.verify import check_verifiable, largest_difference
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import check_weights, read_json_object, read_model_shape
 from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.device import distributed_backend
 from megatron_rl.engine.initialize import finalize, initialize
 from megatron_rl.models.build import build_gpt_model, transformer_config
-from megatron_rl.models.families import family_of
+from megatron_rl.models.families import check_family
+from megatron_rl.models.scalar_head import ScalarHead, backbone_config, is_per_token, is_scalar, tables
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.hf_files import begin, complete
 from megatron_rl.weights.hf_reader import HFCheckpointReader
 from megatron_rl.weights.local_shards import Place, check_table, local_parameters
+from megatron_rl.weights.safetensors_format import DTYPES
 from megatron_rl.weights.sharded_export import ExportPlan, ShardWriter
+from megatron_rl.weights.stored_forms import FLOATS
 
 # Names in the checkpoint begin with a part of GPTModel; the optimizer's begin with "optimizer.".
 _MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
+_FLOAT32 = "router.expert_bias"
+"""Kept so by every model, whatever the dtype of the others."""
 _EMBEDDING, _OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 class _WholeModel:
-    """A model in this process, in the dtype of its Hugging Face checkpoint, its weights not yet set."""
+    """A model in this process, its weights not yet set."""
 
-    def __init__(self, hf: dict[str, Any]) -> None:
-        self.maps = family_of(hf).tensor_maps(hf)
-        self.dtype = checkpoint_dtype(hf)
-        config = transformer_config(hf, dtype=self.dtype, overrides={"perform_initialization": False})
-        # Transformer Engine's layers store the same tensors under the same names.
-        self.gpt = build_gpt_model(hf, config, use_transformer_engine=False, pre_process=True, post_process=True)
+    def __init__(self, hf: dict[str, Any], dtype: torch.dtype) -> None:
+        scalar = is_scalar(hf)
+        backbone = backbone_config(hf) if scalar else hf
+        self.maps = tables(hf)
+        config = transformer_config(backbone, dtype=dtype, overrides={"perform_initialization": False})
+        # Transformer Engine's layers store the same tensors, if not all under the same names.
+        self.gpt = build_gpt_model(backbone, config, use_transformer_engine=False, pre_process=True, post_process=True)
+        if scalar:
+            self.gpt.output_layer = ScalarHead(config, bias=is_per_token(hf))
         self.parameters = local_parameters([self.gpt])
         check_table(self.parameters, self.maps, Place())
 
@@ -72,11 +93,6 @@ class _WholeModel:
             for tensor_map in self.shown("writing the Hugging Face files"):
                 writer.write(tensor_map, 0, 1, self.parameters[tensor_map.name])
 
-    def sharded_tensors(self) -> dict[str, Any]:
-        """Core's description of every weight. Core's `_extra_state` entries, of FP8 layers, are not among them."""
-        entries = self.gpt.sharded_state_dict()
-        return {name: entry for name, entry in entries.items() if not name.endswith("_extra_state")}
-
 
 def hf_to_megatron(*, hf_path: Path, output: Path, verify: bool = False) -> float | None:
     """Write the Megatron checkpoint of a Hugging Face one.
@@ -87,29 +103,30 @@ def hf_to_megatron(*, hf_path: Path, output: Path, verify: bool = False) -> floa
         verify: compare the Megatron model with the Hugging Face one.
 
     Returns:
-        With `verify` the largest difference of a log-prob between the two, see `verify`; else None.
+        With `verify` the largest difference of a log-prob (of a classifier: a score) between the two; else None.
 
     Raises:
-        UserError: `output` has something in it; the checkpoint is not one of a supported model, or its files are
-            missing, damaged or not what config.json says.
+        UserError: `output` has something in it, or no room; the checkpoint is not one of a supported model, or its
+            files are missing, damaged or not what config.json says.
     """
     _refuse_occupied(output)
     hf = _read_config(hf_path)
     check_weights(hf_path, "--hf-path")
+    reader, maps = HFCheckpointReader(hf_path), tables(hf)
+    reader.check(maps)
+    if verify:
+        check_verifiable(hf)
+    _tell(reader.left_out())
     with world_of_one(), torch.no_grad():
-        model = _WholeModel(hf)
-        reader = HFCheckpointReader(hf_path)
-        reader.check(model.maps)
+        model = _WholeModel(hf, _held_dtype(reader, maps, hf))
         for tensor_map in model.shown("reading the Hugging Face files"):
             reader.read_shard(tensor_map, 0, 1, model.parameters[tensor_map.name])
-        partial = output.with_name(f".{output.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        folder = iteration_folder(partial, 0)
-        folder.mkdir(parents=True)
-        dist_checkpointing.save({"model": model.sharded_tensors()}, str(folder))
-        (partial / LATEST).write_text("0\n")
-        os.replace(partial, output)
-        return largest_log_prob_difference(model.gpt, hf_path, hf["vocab_size"]) if verify else None
+        with _whole_or_nothing(output) as partial:
+            folder = iteration_folder(partial, 0)
+            folder.mkdir(parents=True)
+            dist_checkpointing.save({"model": tensors_to_save(model.gpt)}, str(folder))
+            (partial / LATEST).write_text("0\n")
+        return largest_difference(model.gpt, hf_path, hf) if verify else None
 
 
 def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path, verify: bool = False) -> float | None:
@@ -126,7 +143,7 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path, verify: boo
         verify: compare the Megatron model with the Hugging Face one.
 
     Returns:
-        With `verify` the largest difference of a log-prob between the two, see `verify`; else None.
+        With `verify` the largest difference of a log-prob (of a classifier: a score) between the two; else None.
 
     Raises:
         UserError: `output` has something in it; a checkpoint's files are missing, damaged or do not fit config.json.
@@ -136,8 +153,10 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path, verify: boo
     folder = _iteration(checkpoint)
     shapes = check_files(folder)
     with world_of_one(), torch.no_grad():
-        model = _WholeModel(hf)
-        template = model.sharded_tensors()
+        model = _WholeModel(hf, _saved_dtype(folder))
+        with loading(folder):
+            metadata = dist_checkpointing.load_content_metadata(str(folder))
+        template = tensors_to_load(model.gpt, shapes, metadata)
         _check_model(folder, shapes, template, hf)
         with loading(folder):
             loaded: dict[str, Tensor] = dist_checkpointing.load({"model": template}, str(folder))["model"]
@@ -148,8 +167,9 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path, verify: boo
         partial = output.with_name(f".{output.name}.partial")
         together(output, lambda: plan.create(begin(output)))
         together(output, lambda: model.write(plan, partial))
-        together(output, lambda: complete(partial, output, source=hf_path, config=written_config(hf_path, hf)))
-        return largest_log_prob_difference(model.gpt, output, hf["vocab_size"]) if verify else None
+        written = written_config(hf_path, hf)
+        together(output, lambda: complete(partial, output, source=hf_path, config=written))
+        return largest_difference(model.gpt, output, written or hf) if verify else None
 
 
 @contextmanager
@@ -163,9 +183,53 @@ def world_of_one() -> Iterator[Groups]:
         finalize()
 
 
+@contextmanager
+def _whole_or_nothing(output: Path) -> Iterator[Path]:
+    """A folder that becomes `output` at the end of the context, or is deleted.
+
+    Raises:
+        CheckpointError: the operating system did not let it be written.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        yield partial
+        os.replace(partial, output)
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
+        raise cannot_write(output, error) or error from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _held_dtype(reader: HFCheckpointReader, maps: list[TensorMap], hf: dict[str, Any]) -> torch.dtype:
+    """The dtype that holds every weight of the files as it is."""
+    dtype = checkpoint_dtype(hf, reader.folder)
+    for name in {name for tensor_map in maps if not tensor_map.float32 for name in tensor_map.hf_shapes}:
+        if name in reader.tensors and reader.tensors[name].dtype in FLOATS:
+            dtype = torch.promote_types(dtype, DTYPES[reader.tensors[name].dtype])
+    return dtype
+
+
+def _saved_dtype(folder: Path) -> torch.dtype:
+    """The dtype that holds every weight of a Megatron checkpoint as it is."""
+    dtypes = {
+        dtype
+        for name, dtype in stored_dtypes(folder).items()
+        if name.startswith(_MODEL_PARTS) and not name.endswith(_FLOAT32)
+    } & set(DTYPES_OF_WEIGHTS)
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+
+def _tell(line: str | None) -> None:
+    if line is not None:
+        print(f"megatron-rl: {line}", file=sys.stderr, flush=True)
+
+
 def _read_config(hf_path: Path) -> dict[str, Any]:
     read_model_shape(hf_path, "--hf-path")  # says which size is missing
-    return read_json_object(hf_path / "config.json", "--hf-path")
+    hf = read_json_object(hf_path / "config.json", "--hf-path")
+    check_family(backbone_config(hf) if is_scalar(hf) else hf)
+    return hf
 
 
 def _refuse_occupied(output: Path) -> None:
@@ -189,14 +253,13 @@ def _check_model(
     folder: Path, shapes: dict[str, tuple[int, ...]], template: dict[str, Any], hf: dict[str, Any]
 ) -> None:
     """Raise CheckpointError unless the checkpoint holds the model of config.json, no tensor more or less."""
-    # One description can stand for a part of a tensor, or for a factory of such parts.
-    expected = {entry.key for entry in template.values()}
+    expected = {name for entry in template.values() for name in names_of(entry)}
     stored = {name for name in shapes if name.startswith(_MODEL_PARTS)}
     for names, what in ((expected - stored, "is missing"), (stored - expected, "is unknown to the model")):
         if names:
             raise CheckpointError(f"{folder}: tensor '{min(names)}' {what} of config.json")
     # Core compares all shapes but these, which the parallel size of the run has padded.
-    for name in {_EMBEDDING, _OUTPUT_LAYER} & stored:
+    for name in {_EMBEDDING, *([] if is_scalar(hf) else [_OUTPUT_LAYER])} & stored:
         if shapes[name][0] < hf["vocab_size"] or shapes[name][1] != hf["hidden_size"]:
             expected_shape = (hf["vocab_size"], hf["hidden_size"])
             raise CheckpointError(f"{folder}: tensor '{name}' has shape {shapes[name]}, config.json {expected_shape}")

@@ -10,6 +10,7 @@ has its final name is whole, whenever the run was killed.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,22 @@ SCORE = "score.json"
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read or written."""
+
+
+def cannot_write(folder: Path, error: BaseException) -> CheckpointError | None:
+    """What to tell the user if an error came from the operating system (no room, no permission); None if it did not.
+
+    Libraries wrap such an error in one of their own. Some keep it as the cause; core's writers, which are processes,
+    hand on its text alone.
+    """
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OSError):
+        inner = inner.__cause__ or inner.__context__
+    if inner is not None and inner.strerror is not None:
+        return CheckpointError(f"{folder} cannot be written: {inner.strerror}; nothing was written")
+    if told := re.search(r"\[Errno (\d+)\]", str(error)):
+        return CheckpointError(f"{folder} cannot be written: {os.strerror(int(told[1]))}; nothing was written")
+    return None
 
 
 def iteration_folder(checkpoints: Path, step: int) -> Path:

@@ -1,6 +1,5 @@
 """The policy as a Hugging Face checkpoint."""
 
-import errno
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_rl.checkpoint.folders import cannot_write
 from megatron_rl.config.errors import UserError
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.tensor_map import TensorMap
@@ -18,17 +18,28 @@ from megatron_rl.weights.hf_reader import HFCheckpointReader
 from megatron_rl.weights.local_shards import Place
 from megatron_rl.weights.safetensors_format import DTYPES, StoredTensor
 from megatron_rl.weights.sharded_export import ExportPlan, ShardWriter
+from megatron_rl.weights.stored_forms import FLOATS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def checkpoint_dtype(hf: dict[str, Any]) -> torch.dtype:
-    """Dtype that a config.json says its tensors have (transformers' default is float32).
+DTYPES_OF_WEIGHTS = tuple(_DTYPES.values())
+
+
+def checkpoint_dtype(hf: dict[str, Any], source: Path | None = None) -> torch.dtype:
+    """Dtype that a config.json says its tensors have, else that of the first of them, else float32.
+
+    Args:
+        hf: config.json.
+        source: its folder.
 
     Raises:
         UserError: another one than those of `_DTYPES`.
     """
-    name = str(hf.get("dtype") or hf.get("torch_dtype") or "float32")
+    name = hf.get("dtype") or hf.get("torch_dtype")
+    if name is None:
+        floats = [tensor for tensor in _stored(source).values() if tensor.dtype in FLOATS] if source else []
+        return DTYPES[floats[0].dtype] if floats else torch.float32
     if name not in _DTYPES:
         raise UserError(f"dtype '{name}' in config.json is not supported; allowed: {', '.join(_DTYPES)}")
     return _DTYPES[name]
@@ -41,12 +52,12 @@ def _stored(source: Path) -> dict[str, StoredTensor]:
 
 def written_dtypes(source: Path, hf: dict[str, Any]) -> Callable[[str], torch.dtype]:
     """Dtype of each written tensor: that of the source's tensor, or config.json's where that is none to train in."""
-    default = checkpoint_dtype(hf)
+    default = checkpoint_dtype(hf, source)
     stored = _stored(source)
 
     def dtype_of(name: str) -> torch.dtype:
         dtype = DTYPES.get(stored[name].dtype, default) if name in stored else default
-        return dtype if dtype in _DTYPES.values() else default
+        return dtype if dtype in DTYPES_OF_WEIGHTS else default
 
     return dtype_of
 
@@ -66,8 +77,7 @@ def export_hf(policy: Policy, folder: Path, *, max_file_bytes: int = 5 << 30) ->
     Collective over all ranks, each of which writes what it holds. `folder` appears when it is complete.
 
     Raises:
-        UserError: the disk is full. Nothing is left behind then.
-        OSError: a rank could not write.
+        CheckpointError: a rank could not write, for want of room or permission. Nothing is left behind then.
     """
     source, hf = policy.hf_path, policy.hf
     plan = ExportPlan(policy.maps, written_dtypes(source, hf), max_file_bytes=max_file_bytes)
@@ -102,11 +112,10 @@ def _mine(policy: Policy) -> Iterator[TensorMap]:
 
 
 def together(folder: Path, action: Callable[[], None]) -> None:
-    """Do something on every rank; if it fails on one for want of a file system, fail on all, and clean up.
+    """Do something on every rank; if the file system refuses it on one, fail on all, and clean up.
 
     Raises:
-        UserError: no space is left for `folder`.
-        OSError: another failure.
+        CheckpointError: no room for `folder`, no permission, or what else the operating system said.
     """
     failure: OSError | None = None
     try:
@@ -120,6 +129,4 @@ def together(folder: Path, action: Callable[[], None]) -> None:
         return
     if dist.get_rank() == 0:
         shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
-    if first.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise UserError(f"{folder}: no space left on the device for the checkpoint; nothing was written") from first
-    raise first
+    raise cannot_write(folder, first) or first from first

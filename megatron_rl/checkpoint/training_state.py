@@ -45,13 +45,11 @@ Models = Mapping[str, Trained]
 
 
 def to_save(models: Models, run_state: dict[str, Any]) -> dict[str, Any]:
-    """The whole state for core to write; collective. Of the run's own state, rank 0's is taken."""
-    own = [run_state]
-    dist.broadcast_object_list(own, src=0)
+    """The whole state for core to write; collective. The run's own is equal on all ranks: core writes rank 0's."""
     state: dict[str, Any] = {
         "rng_state": random_state.to_save(),
         "layout": _layout(models),
-        "run_state": own[0],
+        "run_state": run_state,
         "schedulers": {name: trained.optimizer.scheduler.state_dict() for name, trained in models.items()},
     }
     for name, trained in models.items():

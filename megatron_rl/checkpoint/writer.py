@@ -4,7 +4,9 @@
     file poll     at every step: once all ranks' threads are done, the checkpoint gets its index, its digests and its
     name finish   waits for that
 
-The copy goes into buffers that are kept, so only the first one pays for fresh memory. Writing is a thread: torch's and
+The copy goes into buffers that are kept, so only the first one pays for fresh memory. It is made before core plans what
+goes where: core would clone every tensor that is a view, as parameters in a gradient buffer are, and be copied from
+then. Writing is a thread: torch's and
 the operating system's part of it runs without the interpreter's lock, and a process that is forked from one with CUDA,
 vLLM and communication threads is better avoided. Synchronous saving is the same, waited for.
 
@@ -26,6 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -71,12 +75,14 @@ class CheckpointWriter:
         self.asynchronous = asynchronous
         self.keep_last, self.keep_best = keep_last, keep_best
         self._pending: _Pending | None = None
-        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._is_validated = False
 
     def save(self, step: int, state: dict[str, Any], *, notes: Mapping[str, str] | None = None) -> None:
         """Begin to write a state (`training_state.to_save`) as that after `step` steps.
 
         Args:
+            state: of the same form as this writer's earlier ones; its entries are changed.
             notes: small text files, by name, that belong to the checkpoint; those of rank 0 are written.
 
         Raises:
@@ -89,17 +95,29 @@ class CheckpointWriter:
         filesystem_async._results_queue = queue.Queue()
         arguments = inspect.signature(dist_checkpointing.save).parameters
         chosen = {"async_strategy": "mcore"} if "async_strategy" in arguments else {}
+        self._stage(state)
         try:
-            request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **chosen)
+            # That every part is written by one rank is a matter of the state's form.
+            request = dist_checkpointing.save(
+                state,
+                str(folder),
+                async_sharded_save=True,
+                validate_access_integrity=not self._is_validated,
+                **chosen,
+            )
         except (OSError, RuntimeError) as error:
             raise _cannot_write(self.checkpoints, step, f"rank {dist.get_rank()}: {_said(error)}") from error
         assert request is not None
+        self._is_validated = True
+        if HAS_CUDA:
+            torch.cuda.synchronize()  # the copies were on their way while core planned
         pending = _Pending(step, list(request.finalize_fns), filesystem_async._results_queue)
         if request.async_fn is not None:
-            buckets = self._copied(request.async_fn_args[1])
-            transforms = request.async_fn.args[0]
             pending.thread = threading.Thread(
-                target=_write, args=(pending, buckets, transforms), name=f"checkpoint {step}", daemon=True
+                target=_write,
+                args=(pending, request.async_fn_args[1], request.async_fn.args[0]),
+                name=f"checkpoint {step}",
+                daemon=True,
             )
             pending.thread.start()
         self._pending = pending
@@ -173,23 +191,19 @@ class CheckpointWriter:
                 shutil.rmtree(partial_folder(self.checkpoints, step))
         raise _cannot_write(self.checkpoints, step, problems[0])
 
-    def _copied(self, buckets: list[_Bucket]) -> list[_Bucket]:
-        """The same items with their tensors copied into this writer's buffers."""
-        copied: list[_Bucket] = []
-        for path, name, (of_bytes, of_tensors) in buckets:
-            items = [(item, self._copy((name, i), tensor)) for i, (item, tensor) in enumerate(of_tensors)]
-            copied.append((path, name, (of_bytes, items)))
-        if HAS_CUDA:
-            torch.cuda.synchronize()
-        return copied
+    def _stage(self, state: dict[str, Any]) -> None:
+        """Put copies, in this writer's buffers, in the place of the tensors that this rank writes."""
+        apply_factories(state)
+        for entry in nested_values(state):
+            if isinstance(entry, ShardedTensor) and is_main_replica(entry.replica_id) and entry.data is not None:
+                entry.data = self._copy((entry.key, tuple(entry.global_offset)), entry.data.detach())
 
-    def _copy(self, key: tuple[str, int], tensor: Tensor) -> Tensor:
+    def _copy(self, key: tuple[str, tuple[int, ...]], tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=HAS_CUDA)
             self._buffers[key] = buffer
-        buffer.copy_(tensor.detach(), non_blocking=True)
-        return buffer
+        return buffer.copy_(tensor, non_blocking=True)
 
 
 def _write(pending: _Pending, buckets: list[_Bucket], transforms: Any) -> None:

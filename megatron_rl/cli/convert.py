@@ -52,4 +52,4 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
 
 def _report(difference: float | None) -> None:
     if difference is not None:
-        print(f"largest log-prob difference between transformers and Megatron: {difference:.3g} nats")
+        print(f"largest difference between transformers and Megatron: {difference:.3g} (log-probs: nats)")

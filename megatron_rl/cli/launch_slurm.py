@@ -8,6 +8,7 @@ import argparse
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     command = sbatch_command(config, [str(arguments.config), *arguments.overrides])
     if arguments.dry_run:
         print(shlex.join(command))
-        print(described(plan, per_node))
+        print(described(plan, per_node), file=sys.stderr)
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("launch slurm: sbatch is not on the PATH; allowed: a machine that can submit jobs")

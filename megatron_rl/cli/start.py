@@ -21,6 +21,7 @@ from megatron_rl.cli.launch_local import launch
 from megatron_rl.cli.rank_environment import free_port, rank_of_this_machine, rank_variables
 from megatron_rl.cli.slurm_task import slurm_task
 from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.hf_checkpoint import read_json_object
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, Recipe
 from megatron_rl.config.validate import longest_sequence, validate
@@ -29,6 +30,7 @@ from megatron_rl.data.files import read_rows
 from megatron_rl.data.preferences import load_judgements
 from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.choices import asks_for_hardware, choose
+from megatron_rl.models.families import check_family
 from megatron_rl.placement.layout import Layout, layout_of
 from megatron_rl.rewards.registry import resolve_rewards
 from megatron_rl.trainer.run_directory import RunDirectory
@@ -68,6 +70,7 @@ def start(arguments: argparse.Namespace, import_work: Callable[[], Work], *, com
     job = slurm_task(config, os.environ, generates=generates)
     world_size = job.plan.num_ranks if job else int(variables["WORLD_SIZE"]) if variables else None
     validate(config, world_size=world_size, evaluates=evaluates)
+    check_family(read_json_object(Path(config.model.hf_path) / "config.json", "model.hf_path"))
     resolve_rewards(config.rewards)
     layout = layout_of(config, world_size)
     rows = {} if arguments.data_checked else check_data(config, as_prompts=generates)

@@ -6,8 +6,17 @@ from typing import NoReturn
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.hf_checkpoint import check_weights, read_json_object
 from megatron_rl.config.load import shown
-from megatron_rl.config.schema import Config, CorrectionMethod, KLReference, RewardModelKind
+from megatron_rl.config.schema import (
+    Config,
+    CorrectionMethod,
+    KLEstimator,
+    KLPlace,
+    KLReference,
+    Recipe,
+    RewardModelKind,
+)
 
+_OF_SEQUENCES = ("ppo_trajectory", "gspo", "gspo_token")
 _OF_GROUPS = ("group_relative", "leave_one_out")
 _HEADS = {
     RewardModelKind.outcome: "ForSequenceClassification",
@@ -16,8 +25,55 @@ _HEADS = {
 
 
 def check_algorithm(config: Config) -> None:
-    """Raise ConfigError for the first choice of an RL run that contradicts another."""
+    """Raise ConfigError for the first choice that contradicts another."""
+    if config.recipe is Recipe.rl:
+        _check_rl(config)
+    elif config.recipe is Recipe.sft:
+        _check_sft(config)
+
+
+def _check_sft(config: Config) -> None:
+    kl = config.algorithm.kl
+    if kl.coefficient:
+        # The tokens of a data set are no samples of the policy, from which the others could estimate.
+        if kl.estimator is not KLEstimator.exact:
+            _refuse("algorithm.kl.estimator", kl.estimator.value, "exact with recipe sft and a coefficient")
+        for name, allowed in (("target", None), ("reference", KLReference.fixed)):
+            if (given := getattr(kl, name)) is not allowed:
+                _refuse(f"algorithm.kl.{name}", getattr(given, "value", given), f"{shown(allowed)} with recipe sft")
+        _check_exact_kl(config)
+    elif config.algorithm.supervised.coefficient == 0:
+        _refuse("algorithm.supervised.coefficient", 0.0, "more than 0 with algorithm.kl.coefficient 0")
+
+
+def _check_exact_kl(config: Config) -> None:
+    kl = config.algorithm.kl
+    if kl.place is not KLPlace.loss:
+        _refuse("algorithm.kl.place", kl.place.value, "loss with algorithm.kl.estimator=exact")
+    if kl.weighted:
+        _refuse("algorithm.kl.weighted", True, "false with algorithm.kl.estimator=exact: no samples")
+
+
+def _check_critic(config: Config) -> None:
+    critic = config.algorithm.critic
+    if critic.shared and critic.warmup_steps:
+        # The backbone is the policy's: there is no critic to be trained alone.
+        _refuse("algorithm.critic.warmup_steps", critic.warmup_steps, "0 with algorithm.critic.shared")
+    if critic.shared and critic.hf_path is not None:
+        _refuse("algorithm.critic.hf_path", critic.hf_path, "null with algorithm.critic.shared")
+
+
+def _check_rl(config: Config) -> None:
     algorithm, rollout = config.algorithm, config.rollout
+    _check_critic(config)
+    if algorithm.kl.coefficient and algorithm.kl.estimator is KLEstimator.exact:
+        _check_exact_kl(config)
+        # Its gradient is formed token by token, while the logits of a few tokens are there.
+        loss = algorithm.policy_loss.name
+        if loss in _OF_SEQUENCES or ":" in loss:
+            _refuse("algorithm.policy_loss.name", loss, "a built-in loss of tokens with algorithm.kl.estimator=exact")
+        if algorithm.critic.shared:
+            _refuse("algorithm.critic.shared", True, "false with algorithm.kl.estimator=exact")
     num_samples = rollout.num_samples_per_prompt
     if num_samples < 2 and algorithm.advantage.estimator in _OF_GROUPS:
         _refuse("rollout.num_samples_per_prompt", 1, "[2, inf): alone in its group, a sample has advantage 0")

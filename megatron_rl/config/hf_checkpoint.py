@@ -48,6 +48,8 @@ class ModelShape:
     """Tokens of the longest sequence."""
     num_experts: int = 0
     """Routed experts of an MoE layer; 0 for a dense model."""
+    expert_intermediate_size: int = 0
+    """Channels of one of them; 0 for a dense model."""
 
 
 def read_model_shape(folder: Path, key: str = "model.hf_path") -> ModelShape:
@@ -64,13 +66,15 @@ def read_model_shape(folder: Path, key: str = "model.hf_path") -> ModelShape:
         raise ConfigError(f"{key}: architectures in {folder / 'config.json'} must name one; given {architectures}")
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     sizes = {}
-    for name in list(ModelShape.__dataclass_fields__)[1:-1]:
+    for name in list(ModelShape.__dataclass_fields__)[1:-2]:
         size = config.get(name)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(f"{key}: {name} in {folder / 'config.json'}: given {size}, allowed: an integer >= 1")
         sizes[name] = size
     num_experts = next((config[name] for name in _NUM_EXPERTS if config.get(name)), 0)
-    return ModelShape(architecture=str(architectures[0]), **sizes, num_experts=num_experts)
+    ffn = config.get("moe_intermediate_size") or sizes["intermediate_size"]
+    experts = dict(num_experts=num_experts, expert_intermediate_size=ffn) if num_experts else {}
+    return ModelShape(architecture=str(architectures[0]), **sizes, **experts)
 
 
 def check_tokenizer(folder: Path, key: str = "model.hf_path") -> None:

@@ -67,6 +67,9 @@ def check_numerics(config: Config) -> None:
     """Raise ConfigError for the first combination that has no meaning or does not work."""
     _check_fp8(config)
     _check_quantization(config)
+    if config.model.batch_invariant_mode and config.parallel.context_parallel_size > 1:
+        allowed = "1 with model.batch_invariant_mode: attention over several ranks has other kernels"
+        _refuse("parallel.context_parallel_size", config.parallel.context_parallel_size, allowed)
 
 
 def check_fp8_shapes(config: Config, shape: ModelShape) -> None:
@@ -134,13 +137,9 @@ def _check_quantization(config: Config) -> None:
         return
     if config.recipe is Recipe.rl and rollout.quantization is not model.quantization:
         _refuse("rollout.quantization", rollout.quantization, f"{model.quantization.value}, as model.quantization")
-    # A row-parallel layer's scales go over all its inputs, of which a rank has a part.
-    for key, size in (
-        ("parallel.tensor_model_parallel_size", config.parallel.tensor_model_parallel_size),
-        ("rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size),
-    ):
-        if size > 1:
-            _refuse(key, size, "1 with model.quantization: scales go over whole rows, of which a rank would see a part")
+    if rollout.tensor_model_parallel_size > 1:
+        allowed = "1 with model.quantization: vLLM scales what each of its ranks holds of a token's inputs on its own"
+        _refuse("rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size, allowed)
 
 
 def _refuse(key: str, given: object, allowed: str) -> None:

@@ -30,11 +30,20 @@ class Aggregation(Enum):
 
 
 class KLEstimator(Enum):
-    """Estimators of KL(policy || reference) from samples of the policy; see `algorithms/kl.py`."""
+    """Estimators of KL(policy || reference) from samples of the policy, or the exact one; see `algorithms/kl.py`."""
 
     k1 = "k1"
     k2 = "k2"
     k3 = "k3"
+    exact = "exact"
+
+
+class Divergence(Enum):
+    """Of two distributions over the vocabulary; see `algorithms/distillation_loss.py`."""
+
+    reverse = "reverse"
+    forward = "forward"
+    jensen_shannon = "jensen_shannon"
 
 
 class KLPlace(Enum):
@@ -77,6 +86,21 @@ class CorrectionMethod(Enum):
     reject = "reject"
 
 
+class RewardScale(Enum):
+    """What becomes of the numbers that a reward model gives."""
+
+    score = "score"
+    probability = "probability"
+    log_probability = "log_probability"
+
+
+class RewardEngine(Enum):
+    """What computes a learned reward: the training ranks, or a vLLM server."""
+
+    megatron = "megatron"
+    vllm = "vllm"
+
+
 class RewardModelKind(Enum):
     """What a reward model scores: whole completions, or their steps."""
 
@@ -91,6 +115,13 @@ class LRDecayStyle(Enum):
     linear = "linear"
     cosine = "cosine"
     exponential = "exponential"
+
+
+class WeightDecayStyle(Enum):
+    """Shape of the weight decay's way to its end."""
+
+    linear = "linear"
+    cosine = "cosine"
 
 
 class Dtype(Enum):
@@ -204,8 +235,9 @@ class ModelConfig:
     layer_spec: LayerSpec = LayerSpec.auto
     """auto takes Transformer Engine where it is installed and a GPU is present, else the portable layers."""
     moe_routing_replay: bool = False
-    """Send the tokens of an update to the experts that the pass over the old policy chose; of use where a rollout is
-    trained on by more than one update. Only for models with experts."""
+    """Send the tokens of an update to the experts that the pass over the old policy chose, of use where a rollout is
+    trained on by more than one update; or with rollout.record_routes to those that the engine chose. Only for models
+    with experts."""
     recompute_granularity: str | None = None
     """Activation recomputation: null, 'selective' (core attention) or 'full' (whole layers)."""
     recompute_method: str | None = None
@@ -282,6 +314,10 @@ class OptimizerConfig:
     """Optimizer steps until min_lr; null: the whole run."""
     weight_decay: float = 0.0
     """Decoupled weight decay; biases and norms have none."""
+    end_weight_decay: float | None = None
+    """Weight decay at the end of the decay; null: it stays."""
+    weight_decay_incr_style: WeightDecayStyle = WeightDecayStyle.cosine
+    """With end_weight_decay: how it goes there."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.95
@@ -385,6 +421,9 @@ class RolloutConfig:
     quantization: QuantizedFormat | None = None
     """fp8 or int8: engines hold quantised weights and quantise their activations. Each sync rounds the policy's weights
     once. mismatch/* tells what it costs; with the same model.quantization, nothing."""
+    record_routes: bool = False
+    """Record the experts that the engine chose for each token, and send it there again in every pass over the policy.
+    Needs model.moe_routing_replay, colocated engines with enforce_eager, and does without the cache of prefixes."""
     max_mismatch: float | None = None
     """Stop the run when a step's mismatch/log_prob_abs_diff_mean, nats, is above this. null: never."""
     engine_args: dict[str, Any] = field(default_factory=dict)
@@ -429,12 +468,20 @@ class RewardFunctionConfig:
 
 @dataclass
 class RewardModelConfig:
-    """A learned reward: a Hugging Face classifier of one label, which the training ranks hold beside the policy."""
+    """A learned reward: a Hugging Face classifier of one label."""
 
     hf_path: str | None = None
     """Folder of a *ForSequenceClassification, or with kind process *ForTokenClassification; null: no learned reward."""
     kind: RewardModelKind = RewardModelKind.outcome
     """outcome: the score of a completion's last token. process: a score for each step, at its last token."""
+    engine: RewardEngine = RewardEngine.megatron
+    """megatron: the training ranks hold it beside the policy. vllm: a server that the first rank starts and asks."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """With engine vllm: further arguments of its server, by vLLM's names, e.g. gpu_memory_utilization; the others are
+    those of rollout. It runs where the first rank does."""
+    scale: RewardScale = RewardScale.score
+    """The score itself, or, of a model that was trained on right and wrong, the probability of right or its logarithm.
+    The logarithms of steps add up to that of all being right, which no further step can raise."""
     weight: float = 1.0
     """Factor of this reward in the total."""
     step_separator: str = "\n"
@@ -528,9 +575,14 @@ class KLConfig:
     """Penalty for leaving the reference policy."""
 
     coefficient: float = 0.0
-    """0: no reference policy is kept. With a target: where the coefficient starts."""
+    """0: no reference policy is kept. With a target: where the coefficient starts. Of the recipes rl and sft."""
     estimator: KLEstimator = KLEstimator.k3
-    """Estimator of the KL from samples."""
+    """Estimator of the KL from samples. exact: of the whole distributions at each position, in the loss; the one that
+    recipe sft takes, whose tokens are no samples of the policy."""
+    direction: Divergence = Divergence.reverse
+    """With estimator exact: KL(policy || reference), KL(reference || policy) (forward), or what is between them."""
+    mixture: float = 0.5
+    """With direction jensen_shannon: the reference's part of the mixture, in (0, 1)."""
     place: KLPlace = KLPlace.loss
     """In the loss, or in the reward: of each token for an estimator over tokens, else summed over the completion."""
     weighted: bool = False
@@ -552,8 +604,12 @@ class KLConfig:
 
 @dataclass
 class CriticConfig:
-    """The value function, of a run whose advantage estimator names `values`."""
+    """The value function, of a run whose advantage estimator names `values`, or that shares its backbone with one."""
 
+    shared: bool = False
+    """A value head on the policy's backbone, trained with the policy by its optimizer; false: a model of its own."""
+    coefficient: float = 0.5
+    """With shared: weight of the value loss in the policy's."""
     hf_path: str | None = None
     """Checkpoint that it starts from, a language model or a reward model; null: model.hf_path."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
@@ -598,6 +654,8 @@ class SupervisedConfig:
     """A name of `trainer/supervised_losses.py`, or a dotted path 'package.module:function'."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the loss."""
+    coefficient: float = 1.0
+    """Weight of this loss; 0 leaves the divergence of algorithm.kl alone, as in distillation."""
 
 
 @dataclass

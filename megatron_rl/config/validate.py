@@ -20,6 +20,7 @@ from megatron_rl.config.hf_checkpoint import (
     ModelShape,
     check_tokenizer,
     check_weights,
+    read_json_object,
     read_model_shape,
 )
 from megatron_rl.config.load import shown
@@ -36,7 +37,10 @@ from megatron_rl.config.schema import (
     SyncTransport,
 )
 
+_BIASED_EXPERTS = ("GptOssForCausalLM",)
+"""Core adds an expert's bias on every rank that holds a part of the expert."""
 _DATA_FORMATS = ("jsonl", "parquet", "gsm8k")
+_BALANCING_TYPES = ("none", "aux_loss")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # Fields of TransformerConfig and of vLLM's engine that a key of ours decides: set twice, they could disagree.
@@ -102,6 +106,8 @@ def validate(
     shape = read_model_shape(Path(config.model.hf_path))
     check_model(config, shape, generates=generates, architectures=architectures)
     check_files(config)
+    if generates:
+        _check_stored_form(Path(config.model.hf_path))
 
 
 def number_of_engines(config: Config, num_ranks: int) -> int:
@@ -209,8 +215,42 @@ def check_files(config: Config) -> None:
             _refuse(key, file, "an existing file")
 
 
+def _check_balancing(config: Config) -> None:
+    fields = config.model.transformer_config
+    kind = fields.get("moe_router_load_balancing_type", "none")
+    if kind not in _BALANCING_TYPES:
+        # Core's others count by the padded batch or by the micro-batches so far, and would depend on the packing.
+        key = "model.transformer_config.moe_router_load_balancing_type"
+        _refuse(key, kind, ", ".join(_BALANCING_TYPES) + ": rows hold several sequences, in any order")
+    if kind == "none" and fields.get("moe_aux_loss_coeff"):
+        key = "model.transformer_config.moe_aux_loss_coeff"
+        _refuse(key, fields["moe_aux_loss_coeff"], "0 without moe_router_load_balancing_type aux_loss")
+
+
+def _check_recorded_routes(config: Config) -> None:
+    if not config.rollout.record_routes:
+        return
+    if not config.model.moe_routing_replay:
+        _refuse("rollout.record_routes", True, "false without model.moe_routing_replay, which follows the routes")
+    if config.rollout.placement is EnginePlacement.disaggregated:
+        _refuse("rollout.record_routes", True, "false with rollout.placement=disaggregated")
+    if not config.rollout.enforce_eager:
+        _refuse("rollout.record_routes", True, "false without rollout.enforce_eager: graphs do not tell their routes")
+
+
+def _check_stored_form(folder: Path) -> None:
+    """An engine keeps quantised weights as they are stored, and could not take the policy's, which are not."""
+    quantized = read_json_object(folder / "config.json", "model.hf_path").get("quantization_config")
+    if quantized:
+        allowed = "one that is not, such as `megatron-rl convert` makes of it, to Megatron and back"
+        given = f"'{folder}', whose weights are quantised ({quantized.get('quant_method')})"
+        raise ConfigError(f"model.hf_path: given {given}, allowed: {allowed}")
+
+
 def _check_experts(config: Config, shape: ModelShape) -> None:
     parallel = config.parallel
+    _check_balancing(config)
+    _check_recorded_routes(config)
     if config.model.moe_routing_replay:
         if not shape.num_experts:
             _refuse("model.moe_routing_replay", True, "false for a model without experts")
@@ -221,11 +261,28 @@ def _check_experts(config: Config, shape: ModelShape) -> None:
         for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
             if getattr(parallel, name) not in (None, 1):
                 _refuse(f"parallel.{name}", getattr(parallel, name), "1 for a model without experts")
-    elif shape.num_experts % parallel.expert_model_parallel_size:
+        return
+    _check_split_of_experts(parallel, shape)
+    if shape.num_experts % parallel.expert_model_parallel_size:
         key = "parallel.expert_model_parallel_size"
         _refuse(key, parallel.expert_model_parallel_size, f"a divisor of the model's {shape.num_experts} experts")
-    elif parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         _refuse("parallel.sequence_parallel", False, "true for a model with experts and tensor_model_parallel_size > 1")
+
+
+def _check_split_of_experts(parallel: ParallelConfig, shape: ModelShape) -> None:
+    key, parts = "parallel.expert_tensor_parallel_size", parallel.expert_tensor_parallel_size
+    if parts is None:
+        parts = parallel.tensor_model_parallel_size
+    if parts > 1 and shape.architecture in _BIASED_EXPERTS:
+        _refuse(
+            key,
+            parts,
+            f"1 for {shape.architecture}, whose experts have biases; they are spread by "
+            "parallel.expert_model_parallel_size",
+        )
+    if shape.expert_intermediate_size % parts:
+        _refuse(key, parts, f"a divisor of the {shape.expert_intermediate_size} channels of an expert")
 
 
 def _check_heads(key: str, ranks: int, shape: ModelShape) -> None:
@@ -288,21 +345,11 @@ def _check_layout(config: Config, world_size: int | None) -> None:
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         _refuse("parallel.sequence_parallel", True, "true only with parallel.tensor_model_parallel_size > 1")
-    dispatcher = config.model.transformer_config.get("moe_token_dispatcher_type", "alltoall")
-    if dispatcher == "allgather" and parallel.pipeline_model_parallel_size > 1:
-        key = "model.transformer_config.moe_token_dispatcher_type"
-        _refuse(key, dispatcher, "alltoall in a pipeline, whose rows differ in length")
     vpp = parallel.virtual_pipeline_model_parallel_size
     if vpp is not None and parallel.pipeline_model_parallel_size == 1:
         _refuse("parallel.virtual_pipeline_model_parallel_size", vpp, "null without pipeline_model_parallel_size > 1")
     expert_tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
     expert_ranks = parallel.expert_model_parallel_size * expert_tensor
-    if parallel.expert_model_parallel_size == 1 and expert_tensor != parallel.tensor_model_parallel_size:
-        # Megatron then sums the experts' gradients over the ranks of the other parameters, which hold other shards.
-        allowed = (
-            f"{parallel.tensor_model_parallel_size} (tensor_model_parallel_size) with expert_model_parallel_size 1"
-        )
-        _refuse("parallel.expert_tensor_parallel_size", expert_tensor, allowed)
     stage_ranks = _num_ranks(config, world_size) // parallel.pipeline_model_parallel_size
     if stage_ranks % expert_ranks:
         _refuse(
@@ -315,13 +362,13 @@ def _check_layout(config: Config, world_size: int | None) -> None:
 def _check_batches(config: Config, world_size: int | None) -> None:
     train, rollout, optimizer = config.train, config.rollout, config.optimizer
     num_updates = train.num_steps
+    check_algorithm(config)
     if config.recipe is Recipe.rl:
         num_engines = number_of_engines(config, _num_ranks(config, world_size))
         if rollout.num_prompts_per_step < num_engines:
             _refuse(
                 "rollout.num_prompts_per_step", rollout.num_prompts_per_step, f"at least {num_engines}, one per engine"
             )
-        check_algorithm(config)
         num_samples = rollout.num_prompts_per_step * rollout.num_samples_per_prompt
         batch_size = train.global_batch_size or num_samples
         if num_samples % batch_size:
@@ -337,6 +384,9 @@ def _check_batches(config: Config, world_size: int | None) -> None:
         _refuse(
             "optimizer.lr_warmup_steps", optimizer.lr_warmup_steps, f"less than the {decay_steps} steps of the schedule"
         )
+    decay_end = optimizer.end_weight_decay
+    if decay_end is not None and decay_end < optimizer.weight_decay:
+        _refuse("optimizer.end_weight_decay", decay_end, f"at least optimizer.weight_decay {optimizer.weight_decay}")
     if optimizer.min_lr > optimizer.lr:
         _refuse("optimizer.min_lr", optimizer.min_lr, f"at most optimizer.lr {optimizer.lr}")
     algorithm = config.algorithm

@@ -24,6 +24,9 @@ from torch import Tensor
 
 from .samples import TrainingSequence
 
+NEW_VALUES, MEAN_LOG_PROBS, DIVERGENCE = "new_values", "mean_log_probs", "divergence"
+"""In `PackedRow.per_token` while a loss is computed: what the pass gives besides log-probs; see `engine.head.Extra`."""
+
 Plan = list[list[list[int]]]
 """[rank][micro_batch] -> indices of sequences, ascending."""
 

@@ -3,7 +3,8 @@
     {"prompt": ..., "chosen": ..., "rejected": ...}         a pair; text, or chat messages with the assistant's last.
                                                             Without `prompt` it is what both conversations begin with
     {"prompt": ..., "response": ..., "label": true}         a single completion, good or bad (KTO), or with a number
-    {"prompt": ..., "response": [...], "label": [...]}      steps of one completion, each right or wrong
+    {"prompt": ..., "response": [...], "label": [...]}      steps of one completion, each right or wrong; the last may
+                                                            be the end-of-sequence token's text
 
 Prompt and completion are tokenised apart and their ids joined, as everywhere, and the completion is ended by the
 end-of-sequence token, which is judged with it. A sequence can be laid out in two ways: to be predicted, for a policy
@@ -141,10 +142,10 @@ def _with_steps(
         raise DataError(f"{source}: {data.label_key!r} must be a list of {len(steps)} labels, one per step")
     ids = tokenize([_text(step, data.response_key, source) for step in steps], tokenizer)
     ends = np.cumsum([len(of_step) for of_step in ids]) - 1
-    joined = tuple(i for of_step in ids for i in of_step)
+    joined, eos = tuple(i for of_step in ids for i in of_step), _eos(tokenizer)
     return Judged(
         prompt_ids,
-        (*joined, _eos(tokenizer)),
+        joined if joined[-1:] == (eos,) else (*joined, eos),
         step_ends=tuple(int(end) for end in ends),
         step_labels=tuple(_as_number(label, data.label_key, source) for label in labels),
     )

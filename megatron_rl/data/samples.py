@@ -44,6 +44,9 @@ class Completion:
     """'stop' (end of sequence or stop string) or 'length' (cut)."""
     weight_version: int
     """Version of the policy's weights that generated it."""
+    routes: NDArray[np.integer[Any]] | None = None
+    """[prompt + generated - 1, layers with experts, topk]: the experts that the engine sent each token to, of every
+    position that predicts one; None: not recorded."""
 
 
 @dataclass(frozen=True)

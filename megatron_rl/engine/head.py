@@ -7,20 +7,24 @@ to the embedding, that is the embedding's weight, or the last pipeline stage's c
 The weight's gradient goes straight into `main_grad`, the float32 buffer that core's DistributedDataParallel reduces.
 Autograd is told of no gradient then; where the weight is not an embedding too, whose gradient autograd brings, a
 stand-in without memory tells DistributedDataParallel's hook that the parameter is done.
+
+What some algorithms want of the hidden states besides, the values of a critic, is an `Extra` of a pass.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_rl.parallel.fused_linear_log_probs import fused_linear_log_probs
+from megatron_rl.parallel.fused_linear_logits_loss import OfLogits, fused_linear_logits_loss
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses, fused_linear_token_loss
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.sharded_logits import ShardedLogits
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,26 @@ class TokenLoss:
     """Scalar; its backward pass passes that gradient on to the hidden states."""
     outputs: Tensor
     """[2, P] float32: log-probs and entropy, without gradient."""
+    values: dict[str, Tensor]
+    """[P] each, without gradient: what losses of whole distributions give beside."""
+
+
+class Extra(Protocol):
+    """What a pass computes from the last hidden states besides log-probs and entropy."""
+
+    names: tuple[str, ...]
+    """Of its outputs, by which the objective finds them in `row.per_token`."""
+
+    def __call__(self, gpt: GPTModel, hidden: Tensor) -> Tensor:
+        """[len(names), P] float32 of hidden states [P, H], or this rank's [P/tp, H] under sequence parallelism."""
+        ...
 
 
 class LogProbHead:
-    """Runs a model's last stage and gives log-probs and entropy; `temperature` is set before each pass."""
+    """Runs a model's last stage and gives log-probs and entropy; `temperature` and `extras` are set before a pass."""
+
+    names = ("log_probs", "entropy")
+    """Of the outputs that objectives get as arguments."""
 
     def __init__(self, gpt: GPTModel, groups: Groups, vocab_size: int) -> None:
         """Args:
@@ -46,6 +66,7 @@ class LogProbHead:
         self.groups = groups
         self.vocab_size = vocab_size
         self.temperature = 1.0
+        self.extras: Sequence[Extra] = ()
 
     @property
     def weight(self) -> Any:
@@ -56,41 +77,59 @@ class LogProbHead:
         return gpt.output_layer.weight
 
     def __call__(
-        self, forward: Callable[[], Tensor], labels: Tensor, token_losses: TokenLosses | None
+        self, forward: Callable[[], Tensor], labels: Tensor, token_losses: TokenLosses | OfLogits | None
     ) -> Tensor | TokenLoss:
         """Run the last stage on P tokens.
 
         Args:
             forward: runs the model.
             labels: [P] int64.
-            token_losses: the loss, if it is to be differentiated in this forward pass.
+            token_losses: the loss, if it is to be differentiated in this forward pass; without extras.
 
         Returns:
-            [2, P] float32, nats: log-probs and entropy; with token_losses the loss.
+            [2 or more, P] float32: log-probs and entropy, nats, and what the extras give; with token_losses the loss.
         """
-        with self._hidden_states():
-            hidden = forward().squeeze(1)
+        hidden = self.hidden_states(forward)
         weight = self.weight
         trains = torch.is_grad_enabled()
         main_grad = getattr(weight, "main_grad", None) if trains and weight.requires_grad else None
         arguments: Any = dict(
             group=self.groups.tp,
             vocab_size=self.vocab_size,
-            temperature=self.temperature / _logit_scale(self.gpt),
+            temperature=self.temperature / self.logit_scale,
             sequence_parallel=self.gpt.config.sequence_parallel,
             main_grad=main_grad,
         )
         if trains and token_losses is not None:
-            loss, *outputs = fused_linear_token_loss(hidden, weight, labels, token_losses, **arguments)
+            values: dict[str, Tensor] = {}
+            assert not self.extras
+            if isinstance(token_losses, OfLogits):
+                losses = _with_outputs(token_losses)
+                loss, values = fused_linear_logits_loss(hidden, weight, labels, losses, **arguments)
+                outputs = [values.pop(name) for name in self.names]
+            else:
+                loss, *outputs = fused_linear_token_loss(hidden, weight, labels, token_losses, **arguments)
             self._announce(loss, main_grad)
-            return TokenLoss(loss, torch.stack(outputs))
+            return TokenLoss(loss, torch.stack(outputs), values)
         log_probs, entropy = fused_linear_log_probs(hidden, weight, labels, **arguments)
         assert entropy is not None
         self._announce(log_probs, main_grad)
-        return torch.stack([log_probs, entropy])
+        extras = [extra(self.gpt, hidden) for extra in self.extras]
+        return torch.cat([torch.stack([log_probs, entropy]), *extras])
+
+    def hidden_states(self, forward: Callable[[], Tensor]) -> Tensor:
+        """[P, H] after the last norm, under sequence parallelism [P/tp, H]: what the output layer is applied to."""
+        with self._without_output_layer():
+            return forward().squeeze(1)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor that newer releases of core apply to the logits (muP); 1 in the others."""
+        scale = getattr(self.gpt, "_scale_logits", None)
+        return 1.0 if scale is None else float(scale(torch.ones(())))
 
     @contextmanager
-    def _hidden_states(self) -> Iterator[None]:
+    def _without_output_layer(self) -> Iterator[None]:
         """Inside, the model ends before its output layer."""
         self.gpt.post_process = False
         try:
@@ -112,7 +151,13 @@ class LogProbHead:
         output.grad_fn.register_hook(mark)
 
 
-def _logit_scale(gpt: GPTModel) -> float:
-    """The factor that newer releases of core apply to the logits (muP); 1 in the others."""
-    scale = getattr(gpt, "_scale_logits", None)
-    return 1.0 if scale is None else float(scale(torch.ones(())))
+def _with_outputs(of_logits: OfLogits) -> Callable[[ShardedLogits], tuple[Tensor, dict[str, Tensor]]]:
+    """The losses, with log-probs and entropy among their values."""
+
+    def losses(logits: ShardedLogits) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            outputs = dict(zip(LogProbHead.names, logits.log_probs(), strict=True))
+        found, values = of_logits.losses(logits, logits.slots)
+        return found, values | outputs
+
+    return losses

@@ -61,6 +61,33 @@ def _take(implementation: AdamImplementation) -> None:
     distributed.USING_APEX_OPTIMIZER = implementation is AdamImplementation.apex
 
 
+def build_schedule(config: OptimizerConfig, optimizer: Any, *, num_steps: int) -> OptimizerParamScheduler:
+    """What sets learning rate and weight decay in the `param_groups` of an optimizer, step by step.
+
+    Args:
+        num_steps: optimizer steps of the whole run.
+    """
+    exponential = config.lr_decay_style is LRDecayStyle.exponential
+    decay_steps = config.lr_decay_steps or num_steps
+    stays = config.end_weight_decay is None
+    return (ExponentialScheduler if exponential else OptimizerParamScheduler)(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.lr_warmup_steps,
+        lr_decay_steps=max(decay_steps, config.lr_warmup_steps + 1),
+        lr_decay_style=config.lr_decay_style.value,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay if stays else config.end_weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant" if stays else config.weight_decay_incr_style.value,
+        # On resume the schedule is the configuration's; only how far it has come is the checkpoint's.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
 class Optimizer:
     """Steps the policy's parameters."""
 
@@ -90,24 +117,7 @@ class Optimizer:
             ),
             policy.chunks,
         )
-        exponential = config.lr_decay_style is LRDecayStyle.exponential
-        decay_steps = config.lr_decay_steps or num_steps
-        self.scheduler = (ExponentialScheduler if exponential else OptimizerParamScheduler)(
-            self.megatron,
-            init_lr=0.0,
-            max_lr=config.lr,
-            min_lr=config.min_lr,
-            lr_warmup_steps=config.lr_warmup_steps,
-            lr_decay_steps=max(decay_steps, config.lr_warmup_steps + 1),
-            lr_decay_style=config.lr_decay_style.value,
-            start_wd=config.weight_decay,
-            end_wd=config.weight_decay,
-            wd_incr_steps=1,
-            wd_incr_style="constant",
-            # On resume the schedule is the configuration's; only how far it has come is the checkpoint's.
-            use_checkpoint_opt_param_scheduler=False,
-            override_opt_param_scheduler=True,
-        )
+        self.scheduler = build_schedule(config, self.megatron, num_steps=num_steps)
 
     def resume_schedule(self, state: dict[str, Any]) -> None:
         """Go on with the configuration's schedule from where a checkpoint's stood; after the optimizer's state."""

@@ -1,13 +1,16 @@
 """The policy: this rank's shard of a Megatron-Core model, with the table that says what its tensors are elsewhere."""
 
+import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
@@ -18,7 +21,8 @@ from megatron_rl.config.schema import AdamImplementation, Dtype, LayerSpec, Mode
 from megatron_rl.engine.head import LogProbHead
 from megatron_rl.engine.quantized_layers import fake_quantize
 from megatron_rl.engine.routing import RoutingReplay
-from megatron_rl.models.build import build_gpt_model, transformer_config
+from megatron_rl.models import batch_invariance
+from megatron_rl.models.build import build_gpt_model, known_arguments, transformer_config
 from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.choices import choose
 from megatron_rl.models.families import family_of
@@ -32,12 +36,6 @@ from megatron_rl.weights.local_shards import Place, check_table, local_parameter
 from megatron_rl.weights.quantization import refusal
 
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
-
-
-def _enable_batch_invariant_kernels() -> None:
-    from megatron.core.transformer.custom_layers import batch_invariant_kernels  # imports Triton
-
-    batch_invariant_kernels.enable_batch_invariant_mode()
 
 
 class Policy:
@@ -83,6 +81,8 @@ class Policy:
         self.choices = choices
         self.row_multiple = row_multiple(model, parallel)
         chosen = choices.transformer_fields(self.hf) | dict(
+            # Drawn by core, weights that are about to be read would cost the memory of whole float32 tensors.
+            perform_initialization=not model.load_weights,
             sequence_parallel=parallel.sequence_parallel,
             num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
             num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
@@ -95,8 +95,11 @@ class Policy:
             **megatron_numerics(model),
         )
         if model.batch_invariant_mode:
-            _enable_batch_invariant_kernels()
-            chosen |= dict(batch_invariant_mode=True, attention_backend=AttnBackend.flash)
+            batch_invariance.enable()
+            attention = dict(
+                attention_backend=AttnBackend.flash, flash_attention_version=choices.flash_attention_version
+            )
+            chosen |= known_arguments(TransformerConfig, dict(batch_invariant_mode=True, **attention))
         self.config = transformer_config(self.hf, dtype=self.dtype, overrides=chosen | model.transformer_config)
         use_te = choices.layer_spec is LayerSpec.transformer_engine
         num_chunks = parallel.virtual_pipeline_model_parallel_size or 1
@@ -115,9 +118,9 @@ class Policy:
             if reason := refusal(model.quantization, self.maps):
                 raise UserError(f"model.quantization: given {model.quantization.value}; {reason}")
             for gpt in self.models:
-                fake_quantize(gpt, model.quantization)
+                fake_quantize(gpt, model.quantization, groups.tp)
         self._install_head()
-        self.routing = RoutingReplay(self.models)
+        self.routing = RoutingReplay(self.models, groups)
         self.parameters = local_parameters(self.models)
         check_table(self.parameters, self.maps, Place.of(groups))
         if model.load_weights:
@@ -157,6 +160,9 @@ class Policy:
         """
         reader = HFCheckpointReader(folder)
         reader.check(self.maps)
+        left_out = reader.left_out()
+        if left_out is not None and dist.get_rank() == 0:
+            print(f"megatron-rl: {left_out}", file=sys.stderr, flush=True)
         with torch.no_grad():
             self._read_shards(reader, self.maps)
             self._share_tied_embedding(reader)

@@ -15,10 +15,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from megatron_rl.config.schema import QuantizedFormat
 from megatron_rl.weights.quantization import INT4_GROUP, QUANTIZED_LAYERS
+
+_SPLIT_ALONG_INPUTS = ("linear_proj", "linear_fc2")
+"""Row-parallel layers: a tensor-parallel rank holds some of each row's inputs."""
 
 _NUM_BITS: dict[QuantizedFormat, int | tuple[int, int]] = {QuantizedFormat.fp8: (4, 3), QuantizedFormat.int8: 8}
 
@@ -40,12 +45,13 @@ def _modelopt() -> Iterator[Any]:
             del sys.modules["vllm"]
 
 
-def fake_quantize(model: nn.Module, format: QuantizedFormat) -> None:
+def fake_quantize(model: nn.Module, format: QuantizedFormat, group: dist.ProcessGroup | None = None) -> None:
     """Make the linear layers of a GPTModel's attention and MLP compute in fp8 or int8, weights and inputs.
 
     Args:
         model: with its weights or without; changed in place. Its parameters keep their names, values and dtype.
         format: fp8 or int8; the weight-only formats round once and for all, see `rounded_to`.
+        group: the tensor-parallel ranks, which from here on compute together; None: the model is whole.
     """
     bits = _NUM_BITS[format]
     weight = {"num_bits": bits, "axis": 0, "type": "dynamic"}
@@ -56,8 +62,44 @@ def fake_quantize(model: nn.Module, format: QuantizedFormat) -> None:
             {"quantizer_name": f"*{layer}.weight_quantizer", "cfg": weight, "enable": True},
             {"quantizer_name": f"*{layer}.input_quantizer", "cfg": inputs, "enable": True},
         ]
+    config: Any = model.config
+    names_by_layer = config.hetereogenous_dist_checkpoint
     with _modelopt() as mtq:
         mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
+    config.hetereogenous_dist_checkpoint = names_by_layer
+    _store_as_ordinary(model)
+    if group is not None and group.size() > 1:
+        for name, module in model.named_modules():
+            if name.endswith(_SPLIT_ALONG_INPUTS):
+                _share_scales(module.weight_quantizer, group)
+                _share_scales(module.input_quantizer, group)
+
+
+def _store_as_ordinary(model: nn.Module) -> None:
+    """Checkpoints become those of the same model without quantisation, whose resumption and conversion know them.
+
+    Here is no state to store. ModelOpt would name tensors layer by layer, halve those of gated MLPs, and add its
+    settings to what core stores of each layer.
+    """
+    for module in model.modules():
+        for callbacks in ("modelopt_get_extra_state_callbacks", "modelopt_set_extra_state_callbacks"):
+            if hasattr(module, callbacks):
+                getattr(module, callbacks).clear()
+        if isinstance(module, MLP):
+            ours: Any = module
+            ours.sharded_state_dict = MLP.sharded_state_dict.__get__(module)
+
+
+def _share_scales(quantizer: Any, group: dist.ProcessGroup) -> None:
+    """A row's scale is that of its largest value on any rank: each holds a part of the row."""
+    largest_here = quantizer._get_amax
+
+    def largest(values: Tensor) -> Tensor:
+        amax = largest_here(values).clone()
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
+        return amax
+
+    quantizer._get_amax = largest
 
 
 @torch.no_grad()

@@ -4,13 +4,19 @@ They are those that the run started from, or, where a run says so, follow the po
 another checkpoint (a teacher) is a policy of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from megatron_rl.data.packing import PackedRow
 from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.step import forward_hidden
+from megatron_rl.parallel.fused_linear_logits_loss import LinearLogits
+
+ReferenceLogits = dict[tuple[int, ...], LinearLogits]
+"""By a row's sequence_ids: the reference's logits of this rank's part of the row; on the last pipeline stage only."""
 
 
 class ReferenceWeights:
@@ -66,3 +72,27 @@ class Teacher:
     def swapped_in(self) -> Iterator[Policy]:
         """A context in which the teacher is what computes."""
         yield self.policy
+
+
+def reference_logits(
+    reference: ReferenceWeights | Teacher, policy: Policy, rows: Sequence[PackedRow]
+) -> ReferenceLogits:
+    """The reference's distributions at every token of the rows, for losses of the policy's whole distributions.
+
+    Kept are the reference's hidden states, as many bytes as the policy's own, and its output weight.
+    """
+    groups = policy.groups
+    with reference.swapped_in() as model:
+        hidden = forward_hidden(model, rows)
+        if not groups.is_last_stage:
+            return {}
+        # The swap ends; a teacher's own weight stays.
+        weight = model.head.weight.detach()
+        weight = weight.clone() if model is policy else weight
+        # Both models' logits are divided by what the policy's head divides by.
+        scale = model.head.logit_scale / policy.head.logit_scale
+    sequence_parallel = model.config.sequence_parallel
+    return {
+        row.sequence_ids: LinearLogits(part if scale == 1 else part * scale, weight, groups.tp, sequence_parallel)
+        for row, part in zip(rows, hidden, strict=True)
+    }

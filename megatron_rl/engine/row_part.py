@@ -17,8 +17,10 @@ from torch import Tensor
 from megatron_rl.data.packing import PackedRow
 from megatron_rl.device import this_device
 from megatron_rl.parallel.context_parallel import ContextSplit, gather_outputs
-from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
+from megatron_rl.parallel.fused_linear_logits_loss import OfLogits
+from megatron_rl.parallel.fused_linear_token_loss import TokenLosses, Tokens
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.sharded_logits import ShardedLogits
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,16 @@ class RowPart:
     packed_seq_params: PackedSeqParams
     """Bounds of the sequences, as attention and rotary embedding take them: of the whole row, filled up."""
     is_padding: Tensor | None
-    """[P] bool: slots of the filling; None: there is none."""
+    """[P] bool: slots that hold no token of a sequence; None: there are none."""
     slots: Tensor | None
     """[P]: which token of the row each slot is, anything for filling; None: the part is the row."""
     restore: Tensor | None
     """[T]: where each token is when the ranks' parts are joined; None: the part is the row."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the whole row, without padding."""
+        return int(self.row.cu_seqlens[len(self.row.sequence_ids)])
 
     @staticmethod
     def of(row: PackedRow, groups: Groups, *, multiple: int, at_least: int = 0) -> "RowPart":
@@ -51,9 +58,13 @@ class RowPart:
         tensors: Any = {name: value.to(this_device()) for name, value in vars(row).items() if isinstance(value, Tensor)}
         per_token = {name: value.to(this_device()) for name, value in row.per_token.items()}
         moved = replace(row, **tensors, per_token=per_token)
+        num_real = int(row.cu_seqlens[len(row.sequence_ids)])
         if size == 1 and len(row.tokens) % multiple == 0 and len(row.tokens) >= at_least:
             params = _packed_seq_params(moved.cu_seqlens, row.max_seqlen)
-            return RowPart(id(row), moved, moved.tokens, moved.labels, moved.position_ids, params, None, None, None)
+            padding = None
+            if num_real < len(row.tokens):
+                padding = torch.arange(len(row.tokens), device=this_device()) >= num_real
+            return RowPart(id(row), moved, moved.tokens, moved.labels, moved.position_ids, params, padding, None, None)
         split = ContextSplit.of(row.cu_seqlens, size=size, rank=groups.cp.rank(), multiple=multiple, at_least=at_least)
         slots = split.tokens.to(this_device())
         return RowPart(
@@ -63,7 +74,7 @@ class RowPart:
             labels=moved.labels[slots],
             position_ids=split.position_ids.to(this_device()),
             packed_seq_params=_packed_seq_params(split.cu_seqlens.to(this_device()), split.max_seqlen),
-            is_padding=split.is_padding.to(this_device()),
+            is_padding=split.is_padding.to(this_device()) | (slots >= num_real),
             slots=slots,
             restore=split.restore.to(this_device()),
         )
@@ -75,11 +86,19 @@ class RowPart:
         whole = gather_outputs(output, groups.cp) if groups.cp.size() > 1 else output
         return whole.index_select(0, self.restore)
 
-    def by_slots(self, of_row: TokenLosses) -> TokenLosses:
+    def by_slots(self, of_row: TokenLosses | OfLogits) -> TokenLosses | OfLogits:
         """Losses by tokens of the row -> by slots of the part; filling has loss 0."""
         slots, is_padding = self.slots, self.is_padding
         if slots is None or is_padding is None:
             return of_row
+        if isinstance(of_row, OfLogits):
+            of_logits = of_row.losses
+
+            def losses(logits: ShardedLogits, some: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+                found, values = of_logits(logits, slots[some])
+                return torch.where(is_padding[some], 0.0, found), values
+
+            return OfLogits(losses)
         return lambda log_probs, entropy, some: torch.where(
             is_padding[some], 0.0, of_row(log_probs, entropy, slots[some])
         )

@@ -5,7 +5,7 @@ as they do on a policy. It starts from a language model, whose output layer it l
 classifier, whose `score` it takes; it is written as a classifier.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megatron_rl.config.hf_checkpoint import read_json_object
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
+from megatron_rl.engine.head import Extra
 from megatron_rl.engine.policy import Policy
-from megatron_rl.models.scalar_head import ScalarHead, backbone_config, scalar_config, scalar_maps
+from megatron_rl.models.scalar_head import ScalarHead, backbone_config, is_scalar, scalar_config, scalar_maps
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.hf_reader import HFCheckpointReader
@@ -24,8 +25,10 @@ from megatron_rl.weights.hf_reader import HFCheckpointReader
 class ValueHead:
     """Runs a model's last stage, whose output layer is a `ScalarHead`, and gives the values as they are."""
 
+    names = ("values",)
     temperature = 1.0
-    """Without meaning here; set alike for every model before a pass."""
+    extras: Sequence[Extra] = ()
+    """Both without meaning here; set alike for every model before a pass."""
 
     def __call__(self, forward: Callable[[], Tensor], labels: Tensor, token_losses: TokenLosses | None) -> Tensor:
         """[1, P] float32; see `LogProbHead` for the arguments."""
@@ -80,5 +83,4 @@ def _has(reader: HFCheckpointReader, names: Any) -> bool:
 
 def is_scalar_checkpoint(folder: Path) -> bool:
     """Whether a Hugging Face folder holds a classifier."""
-    architecture = (read_json_object(folder / "config.json", "hf_path").get("architectures") or [""])[0]
-    return architecture.endswith(("ForSequenceClassification", "ForTokenClassification"))
+    return is_scalar(read_json_object(folder / "config.json", "hf_path"))

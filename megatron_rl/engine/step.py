@@ -7,6 +7,7 @@ each takes the gradient of its own tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,37 +20,43 @@ from torch import Tensor
 from megatron_rl.algorithms.metrics import Metric, combine
 from megatron_rl.data.packing import PackedRow
 from megatron_rl.device import this_device
-from megatron_rl.engine.head import TokenLoss
+from megatron_rl.engine.head import Extra, TokenLoss
 from megatron_rl.engine.policy import Policy
-from megatron_rl.engine.routing import scale_auxiliary_losses
+from megatron_rl.engine.routing import padding_mask, scale_auxiliary_losses
 from megatron_rl.engine.row_part import RowPart, parts_of_rows
+from megatron_rl.parallel.fused_linear_logits_loss import OfLogits
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
 
 NON_FINITE_LOSSES = "optim/non_finite_losses"
 """Metric: rows whose loss was nan or infinite."""
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
-"""(log_probs [T], entropy [T], row) -> (loss, metrics) for a policy; (values [T], row) for a scalar model.
+"""(log_probs [T], entropy [T], row) -> (loss, metrics) for a policy; (values [T], row) for a scalar model. What the
+extras of the pass gave is in `row.per_token`, with its gradient.
 
 An objective may have a method `token_losses(row)`. It returns the row's loss token by token, a function of log-probs
-[n], entropy [n] and the indices of these tokens in the row, whose values [n] add up to the loss; or None, if the loss
+[n], entropy [n] and the indices of these tokens in the row, whose values [n] add up to the loss; or `OfLogits`, a
+function of whole distributions, whose further values the objective then finds in `row.per_token`; or None, if the loss
 of a token depends on others. The gradient is then formed in the forward pass (`parallel.fused_linear_token_loss`),
 which saves a quarter of the head's work, and the objective itself is called for its metrics, without gradient. The
 method counts only in the class that defines it: a subclass is another loss.
 """
 
 
-def _token_losses(loss_fn: LossFunction | None, part: RowPart) -> TokenLosses | None:
+def _token_losses(loss_fn: LossFunction | None, part: RowPart) -> TokenLosses | OfLogits | None:
     """The objective's losses by slots of the part, if it says them token by token."""
     if loss_fn is None or "token_losses" not in vars(type(loss_fn)):
         return None
-    of_row: TokenLosses | None = loss_fn.token_losses(part.row)  # type: ignore[attr-defined]
+    of_row: TokenLosses | OfLogits | None = loss_fn.token_losses(part.row)  # type: ignore[attr-defined]
     return None if of_row is None else part.by_slots(of_row)
 
 
-def _forward_step(parts: Iterator[RowPart], model: Any, *, policy: Policy, loss_fn: LossFunction | None) -> Any:
+def _forward_step(
+    parts: Iterator[RowPart], model: Any, *, policy: Policy, loss_fn: LossFunction | None, hidden: bool
+) -> Any:
     part, chunk = next(parts), policy.chunks.index(model)
-    policy.routing.before(chunk, part.number)
+    policy.routing.before(chunk, part)
+    plain = getattr(model, "module", model)
     forward = partial(
         model,
         input_ids=part.tokens[None],
@@ -57,21 +64,31 @@ def _forward_step(parts: Iterator[RowPart], model: Any, *, policy: Policy, loss_
         attention_mask=None,
         labels=part.labels[None],
         packed_seq_params=part.packed_seq_params,
+        padding_mask=padding_mask(policy.config, policy.groups, part, first_chunk=plain.pre_process),
     )
-    if getattr(model, "module", model).post_process:
+    if plain.post_process and hidden:
+        output = policy.head.hidden_states(forward)
+    elif plain.post_process:
         output = policy.head(forward, part.labels, _token_losses(loss_fn, part))
     else:
         output = forward()
-    policy.routing.after(chunk, part.number)
+    policy.routing.after(chunk, part)
 
     def loss(output: Tensor | TokenLoss, non_loss_data: bool = False) -> Any:
+        if hidden:
+            return output
         outputs = output.outputs if isinstance(output, TokenLoss) else output
-        whole = tuple(part.joined(one, policy.groups) for one in outputs)
+        whole, row = tuple(part.joined(one, policy.groups) for one in outputs), part.row
         if non_loss_data:
             return whole
         assert loss_fn is not None
+        num_arguments = len(policy.head.names)
+        further = dict(zip(_extra_names(policy), whole[num_arguments:], strict=True))
+        if isinstance(output, TokenLoss):
+            further = {name: part.joined(value, policy.groups) for name, value in output.values.items()}
+        row = replace(row, per_token=row.per_token | further)
         with torch.set_grad_enabled(not isinstance(output, TokenLoss)):
-            value, metrics = loss_fn(*whole, part.row)
+            value, metrics = loss_fn(*whole[:num_arguments], row)
         # A token that is not finite has gradient 0 in some objectives, so the loss itself must be looked at.
         metrics = metrics | {NON_FINITE_LOSSES: Metric("sum", float(not torch.isfinite(value.detach())))}
         # A count of 0 tokens: core adds the counts up and divides by none.
@@ -80,19 +97,30 @@ def _forward_step(parts: Iterator[RowPart], model: Any, *, policy: Policy, loss_
     return output, loss
 
 
+def _extra_names(policy: Policy) -> list[str]:
+    return [name for extra in policy.head.extras for name in extra.names]
+
+
 def _finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     finalize_model_grads(model, None, **kwargs)
 
 
-def _run(policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction | None, *, forward_only: bool) -> list[Any]:
+def _run(
+    policy: Policy,
+    rows: Sequence[PackedRow],
+    loss_fn: LossFunction | None,
+    *,
+    forward_only: bool,
+    hidden: bool = False,
+) -> list[Any]:
     policy.config.finalize_model_grads_func = _finalize
     # This way of sending tokens to experts gathers them all, in equal parts.
     equal = bool(policy.config.num_moe_experts) and policy.config.moe_token_dispatcher_type == "allgather"
     parts = parts_of_rows(rows, policy.groups, multiple=policy.row_multiple, equal=equal)
     if not forward_only:
-        scale_auxiliary_losses(policy.config, policy.groups, sum(len(part.row.tokens) for part in parts))
+        scale_auxiliary_losses(policy.config, policy.groups, sum(part.num_tokens for part in parts))
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, policy=policy, loss_fn=loss_fn),
+        forward_step_func=partial(_forward_step, policy=policy, loss_fn=loss_fn, hidden=hidden),
         data_iterator=[iter(parts) for _ in policy.chunks] if len(policy.chunks) > 1 else iter(parts),
         model=policy.chunks,
         num_microbatches=len(parts),
@@ -105,7 +133,12 @@ def _run(policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction | None
 
 
 def forward_backward(
-    policy: Policy, rows: Sequence[PackedRow], loss_fn: LossFunction, *, temperature: float = 1.0
+    policy: Policy,
+    rows: Sequence[PackedRow],
+    loss_fn: LossFunction,
+    *,
+    temperature: float = 1.0,
+    extras: Sequence[Extra] = (),
 ) -> dict[str, Metric]:
     """Accumulate the gradients of sum over rows and ranks of `loss_fn`, reduced over all ranks.
 
@@ -114,11 +147,12 @@ def forward_backward(
             virtual pipeline stages a multiple of the number of stages.
         loss_fn: see LossFunction; called on the last pipeline stage.
         temperature: divides the logits.
+        extras: what else `loss_fn` wants; it then has no `token_losses`.
 
     Returns:
         The rows' metrics combined, on ranks with `groups.reports`; elsewhere {}.
     """
-    policy.head.temperature = temperature
+    policy.head.temperature, policy.head.extras = temperature, extras
     metrics: dict[str, Metric] = {}
     for of_row in _run(policy, rows, loss_fn, forward_only=False):
         metrics = combine(metrics, of_row)
@@ -134,8 +168,19 @@ def forward_log_probs(
     Returns:
         For each row (log_probs [T], entropy [T]), float32, nats, on the CPU, on every rank of the replica.
     """
-    policy.head.temperature = temperature
-    return [(log_probs, entropy) for log_probs, entropy in _forward(policy, rows, num_outputs=2)]
+    outputs = forward_outputs(policy, rows, temperature=temperature)
+    return [(of_row["log_probs"], of_row["entropy"]) for of_row in outputs]
+
+
+@torch.no_grad()
+def forward_hidden(policy: Policy, rows: Sequence[PackedRow]) -> list[Tensor]:
+    """Hidden states of every token, without gradient: what a later pass makes this policy's logits of.
+
+    Returns:
+        On the last pipeline stage, for each row [P, H] of this rank's part of it (under sequence parallelism
+        [P/tp, H]), on the device; elsewhere [].
+    """
+    return _run(policy, rows, None, forward_only=True, hidden=True)
 
 
 @torch.no_grad()
@@ -145,11 +190,21 @@ def forward_values(model: Policy, rows: Sequence[PackedRow]) -> list[Tensor]:
     Returns:
         For each row [T], float32, on the CPU, on every rank of the replica.
     """
-    return [values for (values,) in _forward(model, rows, num_outputs=1)]
+    return [of_row["values"] for of_row in forward_outputs(model, rows)]
 
 
-def _forward(policy: Policy, rows: Sequence[PackedRow], *, num_outputs: int) -> list[tuple[Tensor, ...]]:
-    """What the head gives for each row, `num_outputs` tensors [T], from the last stage to all."""
+@torch.no_grad()
+def forward_outputs(
+    policy: Policy, rows: Sequence[PackedRow], *, temperature: float = 1.0, extras: Sequence[Extra] = ()
+) -> list[dict[str, Tensor]]:
+    """What the head and the extras give for each row by name, without gradient.
+
+    Returns:
+        For each row tensors [T], float32, on the CPU, on every rank of the replica.
+    """
+    policy.head.temperature, policy.head.extras = temperature, extras
+    names = [*policy.head.names, *_extra_names(policy)]
+    num_outputs = len(names)
     outputs = _run(policy, rows, None, forward_only=True)
     groups = policy.groups
     if groups.pp.size() > 1:
@@ -159,4 +214,4 @@ def _forward(policy: Policy, rows: Sequence[PackedRow], *, num_outputs: int) -> 
             flat = torch.stack([torch.cat([o[i] for o in outputs]) for i in range(num_outputs)])
         dist.broadcast(flat, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
         outputs = list(zip(*(part.split(lengths) for part in flat), strict=True))
-    return [tuple(output.cpu() for output in of_row) for of_row in outputs]
+    return [{name: output.cpu() for name, output in zip(names, of_row, strict=True)} for of_row in outputs]

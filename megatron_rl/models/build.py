@@ -20,7 +20,8 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.device import HAS_CUDA, this_device
 from megatron_rl.models.families import family_of
 from megatron_rl.models.layers import decoder_layers
-from megatron_rl.models.rotary import inverse_frequencies, rope_parameters, yarn_attributes
+from megatron_rl.models.rope_parameters import rope_parameters, yarn_attributes
+from megatron_rl.models.rotary import inverse_frequencies
 from megatron_rl.models.tensor_map import padded_vocabulary_size
 
 _ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu, "squared_relu": squared_relu}
@@ -91,7 +92,11 @@ def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dic
     fields |= family_of(hf).transformer_fields(hf) | overrides
     fields["activation_func"] = _ACTIVATIONS[fields["activation_func"]]
     kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
-    config = kind(**known_arguments(kind, fields))
+    # Core refuses rows of different lengths where tokens are gathered for their experts, since gathered parts must be
+    # equally long. They are: engine/row_part.py fills up what ranks compute at the same time to one length.
+    gathers = bool(fields.get("num_moe_experts")) and fields["moe_token_dispatcher_type"] == "allgather"
+    config = kind(**known_arguments(kind, fields | ({"variable_seq_lengths": False} if gathers else {})))
+    config.variable_seq_lengths = fields["variable_seq_lengths"]
     rope = rope_parameters(hf)
     if rope["rope_type"] == "yarn":
         for name, value in yarn_attributes(rope).items():
@@ -132,8 +137,27 @@ def build_gpt_model(
         **family_of(hf).gpt_fields(hf),
     )
     model = GPTModel(**known_arguments(GPTModel.__init__, arguments))
+    _reduce_over_experts_ranks(model)
     _set_rotary_frequencies(model, rope_parameters(hf))
     return model.cuda() if HAS_CUDA else model
+
+
+def _reduce_over_experts_ranks(model: GPTModel) -> None:
+    """Have gradients of experts that are split otherwise than the rest summed over the ranks with the same part.
+
+    Core tells experts' parameters from others by `allreduce`, for the buffers of DistributedDataParallel, for the
+    optimizer that they go to and for the norm of gradients. It only does so with expert parallelism: without, it takes
+    them for dense ones, whose ranks hold the same part only if experts are split over as many ranks as all the rest.
+    What it does not know to be split it counts in the norm on the first of the tensor-parallel ranks alone; of experts
+    that is a bias, which only whole experts have, and every rank counts its own.
+    """
+    config = model.config
+    if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
+        return
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
+            parameter.tensor_model_parallel = True
 
 
 def _set_rotary_frequencies(model: GPTModel, rope: dict[str, Any]) -> None:

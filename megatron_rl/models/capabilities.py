@@ -50,9 +50,9 @@ LIBRARIES = (
     ),
     Library(
         "flash-attn",
-        ("flash-attn-3", "flash-attn"),
-        "Transformer Engine's flash attention, model.batch_invariant_mode",
-        "cuDNN's attention, no model.batch_invariant_mode: pip install flash-attn",
+        ("flash-attn-3", "flash-attn-4", "flash-attn"),
+        "Transformer Engine's flash attention; from generation 3 on model.batch_invariant_mode",
+        "cuDNN's attention, no model.batch_invariant_mode: pip install flash-attn-4",
     ),
     Library(
         "ModelOpt",
@@ -66,12 +66,14 @@ LIBRARIES = (
 
 def installed_version(library: Library) -> str | None:
     """Version of the first of the library's distributions that is installed."""
-    for distribution in library.distributions:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+    return next(filter(None, map(_installed, library.distributions)), None)
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Capabilities:
     apex: bool = False
     fused_weight_gradient: bool = False
     """apex was built with the extension that adds a weight's gradient to what is there already."""
-    flash_attention: bool = False
+    flash_attention: tuple[int, ...] = ()
+    """Generations of flash attention that are installed, of 2, 3 and 4."""
 
     @property
     def gpu(self) -> bool:
@@ -103,8 +106,13 @@ def capabilities() -> Capabilities:
 
     return Capabilities(
         compute_capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
-        transformer_engine=_importable("transformer_engine_torch") or _importable("transformer_engine"),
+        transformer_engine=_importable("transformer_engine_torch"),  # the wheel of its kernels alone has the other name
         apex=_importable("apex"),
         fused_weight_gradient=_importable("fused_weight_gradient_mlp_cuda"),
-        flash_attention=_importable("flash_attn_interface", "flash_attn_3", "flash_attn"),
+        # As Transformer Engine looks for them: the fourth alone has a package `flash_attn` as well.
+        flash_attention=tuple(
+            generation
+            for generation, distribution in ((2, "flash-attn"), (3, "flash-attn-3"), (4, "flash-attn-4"))
+            if _installed(distribution)
+        ),
     )

@@ -46,6 +46,8 @@ class Choices:
     masked_softmax_fusion: bool
     attention: str
     """'torch', 'flash' or 'fused' (cuDNN's)."""
+    flash_attention_version: int | None = None
+    """Generation that is the only one allowed, for batch invariance; None: Transformer Engine takes one."""
 
     def __str__(self) -> str:
         fusions = {
@@ -99,9 +101,7 @@ def choose(available: Capabilities, model: ModelConfig, optimizer: AdamImplement
     layers = _layer_spec(available, model)
     engine = layers is LayerSpec.transformer_engine
     _check_fp8(available, model)
-    if model.batch_invariant_mode:
-        _check_batch_invariance(available, layers)
-    flash = available.flash_attention or model.batch_invariant_mode
+    generation = _batch_invariant_attention(available, layers) if model.batch_invariant_mode else None
     return Choices(
         layer_spec=layers,
         optimizer=_optimizer(available, optimizer),
@@ -118,7 +118,8 @@ def choose(available: Capabilities, model: ModelConfig, optimizer: AdamImplement
         masked_softmax_fusion=_fusion(
             model, "masked_softmax_fusion", possible=False, needs="core's local attention, which takes no packed rows"
         ),
-        attention="torch" if not engine else "flash" if flash else "fused",
+        attention="torch" if not engine else "flash" if available.flash_attention else "fused",
+        flash_attention_version=generation,
     )
 
 
@@ -163,11 +164,20 @@ def _check_fp8(available: Capabilities, model: ModelConfig) -> None:
         _refuse("model.fp8_recipe", recipe.value, f"{allowed}: it needs {name}, this GPU is {major}.{minor}")
 
 
-def _check_batch_invariance(available: Capabilities, layers: LayerSpec) -> None:
+def _batch_invariant_attention(available: Capabilities, layers: LayerSpec) -> int:
+    """The generation of flash attention whose results do not depend on the batch, by this GPU's age.
+
+    The second has no fixed number of splits; the third is written for Hopper, the fourth also for what came after it.
+    """
     if layers is not LayerSpec.transformer_engine:
         _refuse("model.batch_invariant_mode", True, "false without Transformer Engine's layers on a GPU")
-    if not available.flash_attention:
-        _refuse("model.batch_invariant_mode", True, "false without flash-attn, the one attention that has such a mode")
+    assert available.compute_capability is not None
+    on_hopper = available.compute_capability[0] == 9
+    able = [n for n in available.flash_attention if n == 4 or (n == 3 and on_hopper)]
+    if not able or available.compute_capability < (9, 0):
+        name = "flash-attn-3 or flash-attn-4" if on_hopper else "flash-attn-4"
+        _refuse("model.batch_invariant_mode", True, f"false without {name} on Hopper or newer")
+    return able[0]
 
 
 def _fusion(model: ModelConfig, name: str, *, possible: bool, needs: str) -> bool:

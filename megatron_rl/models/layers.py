@@ -18,6 +18,7 @@ from megatron_rl.models.attention import PortableAttention
 from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.norm import PortableNorm
 from megatron_rl.models.portable_linear import ExpertRowParallelLinear, ReplicatedLinear
+from megatron_rl.models.router import PackedRouter
 
 _NORMS = ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm", "kv_layernorm")
 _DOWN_PROJECTIONS = ("linear_q_down_proj", "linear_kv_down_proj")
@@ -42,6 +43,10 @@ def decoder_layers(
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
     )
+    for layer in block.layer_specs:
+        mlp = _submodules(layer.submodules.mlp)
+        if hasattr(mlp, "router"):
+            mlp.router = PackedRouter
     if not use_transformer_engine:
         _complete_local_layers()
         for layer in block.layer_specs:

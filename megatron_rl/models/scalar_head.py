@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.device import this_device
+from megatron_rl.models.families import family_of
 from megatron_rl.models.tensor_map import TensorMap, replicated
 
 SEQUENCE, TOKEN, CAUSAL = "ForSequenceClassification", "ForTokenClassification", "ForCausalLM"
@@ -42,6 +43,16 @@ class ScalarHead(nn.Module):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         bias = None if self.bias is None else self.bias.float()
         return F.linear(hidden.float(), self.weight.float(), bias), None
+
+
+def is_scalar(hf: dict[str, Any]) -> bool:
+    """Whether a config.json is a classifier's."""
+    return (hf.get("architectures") or [""])[0].endswith((SEQUENCE, TOKEN))
+
+
+def is_per_token(hf: dict[str, Any]) -> bool:
+    """Whether it is one of tokens, whose head has a bias."""
+    return bool(hf["architectures"][0].endswith(TOKEN))
 
 
 def backbone_config(hf: dict[str, Any]) -> dict[str, Any]:
@@ -75,3 +86,11 @@ def scalar_maps(maps: list[TensorMap], hidden_size: int, *, bias: bool) -> list[
     if bias:
         head.append(replicated("output_layer.bias", "score.bias", (1,)))
     return [m for m in maps if m.name != "output_layer.weight"] + head
+
+
+def tables(hf: dict[str, Any]) -> list[TensorMap]:
+    """The table of tensors of a config.json, be it a language model's or a classifier's."""
+    if not is_scalar(hf):
+        return family_of(hf).tensor_maps(hf)
+    backbone = backbone_config(hf)
+    return scalar_maps(family_of(backbone).tensor_maps(backbone), hf["hidden_size"], bias=is_per_token(hf))

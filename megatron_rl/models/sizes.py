@@ -52,6 +52,8 @@ def model_sizes(hf: dict[str, Any], *, tp: int = 1, etp: int = 1) -> ModelSizes:
         cache_is_latent=latent,
         ffn=fields["ffn_hidden_size"],
         gated=bool(fields.get("gated_linear_unit")),
+        rms_norm=fields.get("normalization") == "RMSNorm",
+        query_key_norm=bool(fields.get("qk_layernorm")) and not latent,
         num_experts=fields.get("num_moe_experts") or 0,
         topk=fields.get("moe_router_topk", 0) if fields.get("num_moe_experts") else 0,
         expert_ffn=fields.get("moe_ffn_hidden_size") or 0,

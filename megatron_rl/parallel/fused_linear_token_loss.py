@@ -10,18 +10,15 @@ scaled. The memory is one chunk of logits, whose size is bounded and does not gr
 A loss that looks at several tokens at once (sequence-level ratios, pairs of sequences) takes `fused_linear_log_probs`.
 """
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
-from megatron_rl.parallel.fused_linear_log_probs import LinearHead, buffers, fit
+from megatron_rl.parallel.formed_gradient import with_formed_gradient
+from megatron_rl.parallel.linear_head import HeadArguments, LinearHead, even_chunks, fit
 from megatron_rl.parallel.linear_tiles import (
-    MOST_ROWS,
     WeightGradient,
     add_product,
     gather_tokens,
@@ -54,14 +51,7 @@ def fused_linear_token_loss(
     weight: Tensor,
     labels: Tensor,
     token_losses: TokenLosses,
-    *,
-    group: ProcessGroup | None,
-    vocab_size: int,
-    temperature: float = 1.0,
-    sequence_parallel: bool = False,
-    main_grad: Tensor | None = None,
-    chunk_tokens: int | None = None,
-    chunk_columns: int | None = None,
+    **arguments: Unpack[HeadArguments],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum_t of token_losses, with the gradient of hidden states and weight formed in this forward pass.
 
@@ -69,13 +59,11 @@ def fused_linear_token_loss(
     parallelism a gather of the hidden states; backward: none.
 
     Args:
-        hidden, weight, labels, group, vocab_size, temperature, sequence_parallel: see `fused_linear_log_probs`.
+        hidden, weight, labels: see `fused_linear_log_probs`.
         token_losses: see TokenLosses; called with slices; differentiated by autograd, chunk by chunk. The same on
             all ranks.
-        main_grad: [V/tp, H] float32, to which the weight's gradient is added, in this forward pass: call it once per
-            backward pass, and let that begin with gradient 1. None: autograd gets the gradient.
-        chunk_tokens: most tokens at once; the buffer is [chunk_tokens, V/tp] float32. None: what suits the device.
-        chunk_columns: columns of a tile of it.
+        arguments: see `HeadArguments`. main_grad is added to in this forward pass: call it once per backward pass, and
+            let that begin with gradient 1. chunk_tokens bounds the buffer, [chunk_tokens, V/tp] float32.
 
     Returns:
         loss: scalar float32 (float64 for float64 inputs), differentiable once.
@@ -85,43 +73,12 @@ def fused_linear_token_loss(
         ValueError: shapes, dtypes or sizes that do not fit; before any collective.
         RuntimeError: the backward pass is run twice, or with main_grad begins with a gradient other than 1.
     """
-    if chunk_tokens is None:
-        device = "cuda" if weight.is_cuda else "cpu"
-        largest = max(16, min(MOST_ROWS[device], _BUFFER_ELEMENTS[device] // max(1, len(weight))))
-        # Chunks of equal size: a short last one would use the processor badly.
-        chunk_tokens = max(1, math.ceil(len(labels) / max(1, math.ceil(len(labels) / largest))))
-    head = LinearHead.of(
-        hidden,
-        weight,
-        labels,
-        group=group,
-        vocab_size=vocab_size,
-        temperature=temperature,
-        entropy=True,
-        sequence_parallel=sequence_parallel,
-        main_grad=main_grad,
-        chunk_tokens=chunk_tokens,
-        chunk_columns=chunk_columns,
-    )
-    outputs: tuple[Tensor, Tensor, Tensor] = _FusedLinearTokenLoss.apply(
-        hidden, weight, labels, main_grad, token_losses, head
-    )
-    return outputs
-
-
-class _FusedLinearTokenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        main_grad: Tensor | None,
-        token_losses: TokenLosses,
-        head: LinearHead,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    if arguments.get("chunk_tokens") is None:
+        arguments["chunk_tokens"] = even_chunks(weight, len(labels), _BUFFER_ELEMENTS)
+    head, main_grad = LinearHead.of(hidden, weight, labels, arguments), arguments.get("main_grad")
+    wants_hidden, wants_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    with torch.no_grad():
         tokens = gather_tokens(hidden, head.shard.group, head.sequence_parallel)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         chunks = _Chunks(tokens, weight, head, WeightGradient(weight, main_grad, wanted=wants_weight))
         log_probs = tokens.new_empty(len(tokens), dtype=chunks.dtype)
         entropy = torch.empty_like(log_probs)
@@ -135,24 +92,15 @@ class _FusedLinearTokenLoss(torch.autograd.Function):
                 grad_tokens[rows] = grad_h
         if grad_tokens is not None:
             grad_tokens = reduce_tokens(grad_tokens, head.shard.group, head.sequence_parallel)
-        ctx.gradients = (grad_tokens, chunks.grad_weight.result())
-        ctx.in_main_grad = wants_weight and main_grad is not None
-        ctx.mark_non_differentiable(log_probs, entropy)
-        return loss.to(chunks.dtype), log_probs, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("the gradients of fused_linear_token_loss are used up: run its backward pass only once")
-        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        if ctx.in_main_grad:
-            _check_is_one(grad_loss)
-        else:
-            grad_hidden, grad_weight = (
-                None if grad is None else grad.mul_(grad_loss) for grad in (grad_hidden, grad_weight)
-            )
-        return grad_hidden, grad_weight, None, None, None, None
+    loss = with_formed_gradient(
+        loss.to(chunks.dtype),
+        hidden,
+        weight,
+        grad_hidden=grad_tokens,
+        grad_weight=chunks.grad_weight.result(),
+        in_main_grad=wants_weight and main_grad is not None,
+    )
+    return loss, log_probs, entropy
 
 
 class _Chunks:
@@ -162,7 +110,7 @@ class _Chunks:
         self.tokens, self.weight, self.head, self.grad_weight = tokens, weight, head, grad_weight
         self.dtype = statistics_dtype(tokens.dtype)
         self.tiles = list(slices(head.shard.num_valid, head.tile.columns))
-        self.scratch, _ = buffers(weight, head.tile, self.dtype)
+        self.scratch = weight.new_empty(head.tile.rows * head.tile.columns, dtype=self.dtype)
         # Tile after tile, each a contiguous matrix.
         self.logits = weight.new_empty(head.tile.rows * max(1, head.shard.num_valid), dtype=self.dtype)
 
@@ -213,11 +161,3 @@ def _differentiate(
         if losses.requires_grad:
             gradients = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
     return losses.detach().double().sum(), gradients[0], gradients[1]
-
-
-def _check_is_one(grad_loss: Tensor) -> None:
-    """The gradient is in main_grad already, unscaled."""
-    if grad_loss.is_cuda:
-        torch._assert_async(grad_loss == 1)  # without waiting for the device
-    elif float(grad_loss) != 1.0:
-        raise RuntimeError(f"the loss's gradient is {float(grad_loss)}; with main_grad it must be 1")

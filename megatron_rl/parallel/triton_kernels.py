@@ -25,8 +25,8 @@ _REDUCE_BLOCK, _GRADIENT_BLOCK = 2048, 1024
 
 
 def can_run(x: Tensor) -> bool:
-    """Whether the kernels take this tensor: float32, bfloat16 or float16, on CUDA."""
-    return _HAS_TRITON and (x.is_cuda or _INTERPRETED) and x.dtype != torch.float64
+    """Whether the kernels take this matrix: float32, bfloat16 or float16, on CUDA, its rows without gaps."""
+    return _HAS_TRITON and (x.is_cuda or _INTERPRETED) and x.dtype != torch.float64 and x.stride(1) == 1
 
 
 def reduce_tile(x: Tensor, column: Tensor, *, temperature: float, entropy: bool, out: Tensor | None) -> Tensor:
@@ -92,8 +92,8 @@ def gradient(
 
 
 if _HAS_TRITON:
-
-    @triton.jit
+    # Compiled anew for a number of columns of another divisibility by 16, never for another number of tokens.
+    @triton.jit(do_not_specialize=["num_rows"])
     def _reduce_kernel(
         x_ptr: Any,
         x_stride: Any,
@@ -112,6 +112,10 @@ if _HAS_TRITON:
         row = tl.program_id(0).to(tl.int64)
         x_ptr += row * x_stride
         column = tl.load(column_ptr + row)
+        owned = (column >= 0) & (column < num_columns)
+        # Before the sums, at whose barriers the warps meet: with KEEP, out may be x, and a later warp would read what
+        # an earlier one has written.
+        target = tl.load(x_ptr + column, mask=owned, other=float("-inf")).to(tl.float32)
         block = tl.arange(0, BLOCK)
         maximum = float("-inf")
         total = 0.0
@@ -129,8 +133,6 @@ if _HAS_TRITON:
                 moment = (moment + total * fall) * scale + tl.sum(e * d, axis=0)
             total = total * scale + tl.sum(e, axis=0)
             maximum = higher
-        owned = (column >= 0) & (column < num_columns)
-        target = tl.load(x_ptr + column, mask=owned, other=float("-inf")).to(tl.float32)
         tl.store(statistics_ptr + row, maximum)
         tl.store(statistics_ptr + num_rows + row, total)
         tl.store(statistics_ptr + 2 * num_rows + row, target)
@@ -140,7 +142,7 @@ if _HAS_TRITON:
             out_ptr += row * out_stride
             for first in range(0, num_columns, BLOCK):
                 inside = first + block < num_columns
-                x = tl.load(x_ptr + first + block, mask=inside, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + first + block, mask=inside, other=float("-inf")).to(tl.float32)
                 e = tl.exp((x - maximum) * inverse_temperature)
                 tl.store(out_ptr + first + block, e.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -172,7 +174,7 @@ if _HAS_TRITON:
             d = tl.where(x > 0.0, tl.log(tl.where(x > 0.0, x, 1.0)), -1e3) + shift
             e = x * tl.exp(shift)
         else:
-            d = (x - shift) * inverse_temperature
+            d = tl.where(inside, (x - shift) * inverse_temperature, 0.0)
             e = tl.exp(d)
         factor = tl.load(offset_ptr + row)
         if SLOPE:

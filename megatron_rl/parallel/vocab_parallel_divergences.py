@@ -72,7 +72,13 @@ def vocab_parallel_divergence(
 
 
 def vocab_parallel_log_probs_of(
-    logits: Tensor, ids: Tensor, *, group: ProcessGroup | None, vocab_size: int, temperature: float = 1.0
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    group: ProcessGroup | None,
+    vocab_size: int,
+    temperature: float = 1.0,
+    chunk_tokens: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of K tokens at each position, and the mean of all log-probs there.
 
@@ -82,6 +88,7 @@ def vocab_parallel_log_probs_of(
         logits: [T, V/tp], any floating dtype.
         ids: [T, K] int64 in [0, vocab_size), equal on all ranks.
         group, vocab_size, temperature: see `vocab_parallel_log_probs`.
+        chunk_tokens: tokens that are computed at once, in a few buffers of [chunk_tokens, V/tp].
 
     Returns:
         log_probs [T, K] and mean_log_probs [T] over the vocabulary, nats, float32 (float64 for float64 logits);
@@ -89,9 +96,11 @@ def vocab_parallel_log_probs_of(
     """
     if logits.dim() != 2 or ids.dim() != 2 or len(ids) != len(logits):
         raise ValueError(f"logits {tuple(logits.shape)} must be [T, V/tp] and ids {tuple(ids.shape)} [T, K]")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; must be at least 1")
     check_temperature(temperature)
     shard = VocabShard(group, vocab_size, logits.shape[1])
-    outputs: tuple[Tensor, Tensor] = _LogProbsOf.apply(logits, ids, shard, float(temperature))
+    outputs: tuple[Tensor, Tensor] = _LogProbsOf.apply(logits, ids, shard, float(temperature), chunk_tokens)
     return outputs
 
 
@@ -124,14 +133,21 @@ def vocab_parallel_argmax(logits: Tensor, *, group: ProcessGroup | None, vocab_s
 def log_normalizer(logits: Tensor, shard: VocabShard, temperature: float, chunk_tokens: int) -> Tensor:
     """[T] float64: log of the sum of exp(logits / temperature) over the whole vocabulary; one collective."""
     local = logits.new_full((len(logits),), -torch.inf, dtype=torch.float64)
-    dtype = statistics_dtype(logits.dtype)
     if shard.num_valid > 0:
         for rows in slices(len(logits), chunk_tokens):
-            z = logits[rows, : shard.num_valid].to(dtype) / temperature
-            maximum = z.amax(1)
-            # The float64 logarithm of a float32 sum about the maximum: as exact as the sum.
-            local[rows] = (z - maximum[:, None]).exp_().sum(1).double().log() + maximum.double()
+            local[rows] = _local_log_sum(logits[rows, : shard.num_valid], temperature)
     return torch.logsumexp(shard.all_gather(local), 0)
+
+
+def _local_log_sum(x: Tensor, temperature: float) -> Tensor:
+    """[C] float64: log of the sum of exp(x / temperature) of these columns.
+
+    The difference from the maximum comes before the division: x / temperature itself may be large, and is rounded. The
+    float64 logarithm of a float32 sum about the maximum is as exact as the sum.
+    """
+    maximum = x.amax(1)
+    d = x.to(statistics_dtype(x.dtype)) - maximum[:, None]
+    return (d / temperature).exp_().sum(1).double().log() + maximum.double() / temperature
 
 
 class _Divergence(torch.autograd.Function):
@@ -151,7 +167,7 @@ class _Divergence(torch.autograd.Function):
         sums = torch.zeros(2, len(student), dtype=torch.float64, device=student.device)
         for rows, log_p, log_q in _log_probs(student, teacher, normalizers, shard, temperature, chunk_tokens):
             divergence, slope = _integrands(log_p, log_q, direction, mixture)
-            sums[:, rows] = torch.stack([divergence.sum(1), slope.sum(1)]).double()
+            sums[:, rows] = torch.stack([part.sum(1, dtype=torch.float64) for part in (divergence, slope)])
         # Added in the order of the ranks: all of them get the same bits.
         sums = shard.all_gather(sums).sum(0)
         ctx.save_for_backward(student, teacher, normalizers, sums[1])
@@ -203,22 +219,24 @@ def _integrands(log_p: Tensor, log_q: Tensor, direction: Direction, mixture: flo
 
 class _LogProbsOf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, shard: VocabShard, temperature: float) -> tuple[Tensor, Tensor]:
-        dtype, valid = statistics_dtype(logits.dtype), logits[:, : shard.num_valid]
-        column = shard.local(ids)
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, shard: VocabShard, temperature: float, chunk_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        dtype, column = statistics_dtype(logits.dtype), shard.local(ids)
         # Rows: log of the local sum, sum of the logits / temperature, the K logits / temperature.
         local = logits.new_full((2 + ids.shape[1], len(logits)), -torch.inf, dtype=torch.float64)
         local[1] = 0
         if shard.num_valid > 0:
-            z = valid.to(dtype) / temperature
-            maximum = z.amax(1, keepdim=True)
-            local[0] = (z - maximum).exp_().sum(1).double().log() + maximum[:, 0].double()
-            local[1] = z.sum(1, dtype=torch.float64)
-            local[2:] = torch.where(column >= 0, z.gather(1, column.clamp(min=0)).double(), -torch.inf).t()
+            for rows in slices(len(logits), chunk_tokens):
+                x, of_chunk = logits[rows, : shard.num_valid], column[rows]
+                local[0, rows] = _local_log_sum(x, temperature)
+                local[1, rows] = x.sum(1, dtype=torch.float64) / temperature
+                target = x.gather(1, of_chunk.clamp(min=0)).double() / temperature
+                local[2:, rows] = torch.where(of_chunk >= 0, target, -torch.inf).t()
         gathered = shard.all_gather(local)
         log_sum = torch.logsumexp(gathered[:, 0], 0)
         ctx.save_for_backward(logits, column, log_sum)
-        ctx.options = (shard, temperature)
+        ctx.options = (shard, temperature, chunk_tokens)
         ctx.set_materialize_grads(True)
         log_probs = (gathered[:, 2:].amax(0) - log_sum).clamp(max=0).t()
         return log_probs.to(dtype), (gathered[:, 1].sum(0) / shard.vocab_size - log_sum).to(dtype)
@@ -227,11 +245,14 @@ class _LogProbsOf(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
         logits, column, log_sum = ctx.saved_tensors
-        shard, temperature = ctx.options
+        shard, temperature, chunk_tokens = ctx.options
         grad = torch.zeros_like(logits)
         if shard.num_valid > 0:
-            p = (logits[:, : shard.num_valid].double() / temperature - log_sum[:, None]).exp_().to(grad_mean.dtype)
-            p.mul_(-(grad_log_probs.sum(1) + grad_mean)[:, None]).add_(grad_mean[:, None] / shard.vocab_size)
-            p.scatter_add_(1, column.clamp(min=0), torch.where(column >= 0, grad_log_probs, 0.0))
-            grad[:, : shard.num_valid] = p / temperature
-        return grad, None, None, None
+            for rows in slices(len(logits), chunk_tokens):
+                by_ids, by_mean, of_chunk = grad_log_probs[rows], grad_mean[rows, None], column[rows]
+                z = logits[rows, : shard.num_valid].double() / temperature
+                p = (z - log_sum[rows, None]).exp_().to(grad_mean.dtype)
+                p.mul_(-(by_ids.sum(1, keepdim=True) + by_mean)).add_(by_mean / shard.vocab_size)
+                p.scatter_add_(1, of_chunk.clamp(min=0), torch.where(of_chunk >= 0, by_ids, 0.0))
+                grad[rows, : shard.num_valid] = p / temperature
+        return grad, None, None, None, None

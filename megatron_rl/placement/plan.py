@@ -7,17 +7,21 @@ Weights, gradients and optimizer state follow from the shards alone and are exac
     optimizer   8 bytes of Adam's moments, and 4 of a float32 copy beside bfloat16 weights; the distributed optimizer
                 divides them by the ranks with the same parameters: data x context, for experts the expert-data ranks
 
-Activations are an estimate: what the layers keep for the backward pass of the micro-batches in flight, after
-Korthikanti et al. 2022, arXiv:2205.05198, with the shapes of gated and grouped layers and attention that keeps no
-scores. The bubble is (p - 1) / (v m) of the time of the m micro-batches, for p stages of v chunks (Narayanan et al.
-2021, arXiv:2104.04473, section 2.2).
+Activations are an estimate: what the layers keep for the backward pass of the micro-batches in flight, with attention
+that keeps no scores. Transformer Engine's fused layers keep what Korthikanti et al. 2022, arXiv:2205.05198, section 4.1
+count, here with the shapes of gated and grouped layers and without masks of dropout. The portable layers keep more,
+because each of torch's operations keeps its own; their numbers were counted tensor by tensor, and hold against what
+training keeps. `model.layer_spec: auto` is planned as Transformer Engine's, which a GPU cluster has.
+
+The bubble is (p - 1) / (v m) of the time of the m micro-batches, for p stages of v chunks (Narayanan et al. 2021,
+arXiv:2104.04473, section 2.2).
 """
 
 from dataclasses import dataclass
 
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.pipeline import layers_of_stages
-from megatron_rl.config.schema import Config, Dtype, ParallelConfig
+from megatron_rl.config.schema import Config, Dtype, LayerSpec, ParallelConfig
 from megatron_rl.placement.layout import Layout
 from megatron_rl.placement.sizes import LayerSizes, ModelSizes
 
@@ -138,22 +142,11 @@ def _activations(
     config: Config, sizes: ModelSizes, layout: Layout, layers: list[LayerSizes], stage: int, rows: int
 ) -> int:
     """Bytes that a stage keeps for the backward passes of the rows in flight, with full rows."""
-    parallel, tp = config.parallel, layout.tensor_model_parallel_size
+    parallel = config.parallel
     wide = 2 if config.model.params_dtype is Dtype.bfloat16 else 4
     tokens = config.train.micro_batch_tokens / layout.context_parallel_size
-    hidden = sizes.hidden / (tp if parallel.sequence_parallel else 1)
-    kept = []
-    for layer in layers:
-        attention = sizes.heads * (sizes.key_channels + sizes.value_channels)
-        attention += sizes.kv_heads * (sizes.key_channels + sizes.value_channels)
-        inner = (3 if sizes.gated else 2) * (sizes.shared_ffn if layer.expert else sizes.ffn)
-        elements = 4 * hidden + (attention + inner) / tp
-        if layer.expert:
-            etp = layout.expert_tensor_parallel_size or tp
-            # Each token is sent to topk experts; with even routing a rank receives as many as it sends.
-            sent = sizes.topk / (tp if parallel.sequence_parallel else 1) * etp
-            elements += sent * (2 * sizes.hidden + (3 if sizes.gated else 2) * sizes.expert_ffn / etp)
-        kept.append(elements)
+    hidden = sizes.hidden / (layout.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    kept = [_kept(config, sizes, layout, layer, hidden) for layer in layers]
     pp, chunks = layout.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     in_flight = min(rows, pp - stage) if chunks == 1 else min(rows, (pp * (chunks + 1) - 1) / chunks)
     if config.model.recompute_granularity == "full":
@@ -164,6 +157,34 @@ def _activations(
     if stage == pp - 1:
         elements += hidden  # the head's input; it keeps no logits beyond a chunk of tokens
     return int(wide * tokens * elements)
+
+
+def _kept(config: Config, sizes: ModelSizes, layout: Layout, layer: LayerSizes, hidden: float) -> float:
+    """Elements that a layer keeps for one token of a rank's part of a row.
+
+    `hidden` is the rank's share of the hidden channels outside of the parts that tensor parallelism splits.
+    """
+    portable = config.model.layer_spec is LayerSpec.portable
+    tp = layout.tensor_model_parallel_size
+    keys, values = sizes.key_channels, sizes.value_channels
+    # Queries and what attention gives, which the portable layers copy for the projection; keys and values.
+    attention = sizes.heads * (keys + values * (2 if portable else 1)) + sizes.kv_heads * (keys + values)
+    if portable and sizes.query_key_norm:
+        attention += 3 * (sizes.heads + sizes.kv_heads) * keys  # before, inside and after the norm
+    # Inputs of both norms, of the projections and of the MLP; torch's RMSNorm also keeps what it scaled.
+    outside = (6 if portable and sizes.rms_norm else 4) * hidden
+    if portable:
+        outside += 4 * keys  # cosines and sines
+    # A gated MLP: both halves and their product; torch also keeps the activation and its derivative.
+    inner = ((5 if portable else 3) if sizes.gated else 2) * (sizes.shared_ffn if layer.expert else sizes.ffn)
+    elements = outside + (attention + inner) / tp
+    if layer.expert:
+        etp = layout.expert_tensor_parallel_size or tp
+        # Each token is sent to topk experts; with even routing a rank receives as many as it sends.
+        sent = sizes.topk / (tp if config.parallel.sequence_parallel else 1) * etp
+        channels = ((6 if portable else 3) if sizes.gated else 2) * sizes.expert_ffn / etp
+        elements += sent * ((1 if portable else 2) * sizes.hidden + channels)
+    return elements
 
 
 def check_memory(needed: Plan, config: Config, *, gpu_gigabytes: float) -> None:

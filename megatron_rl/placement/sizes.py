@@ -56,6 +56,10 @@ class ModelSizes:
     ffn: int
     """Inner channels of a dense layer; of a gated one, counted once."""
     gated: bool
+    rms_norm: bool = True
+    """Its norms are RMSNorms, else LayerNorms."""
+    query_key_norm: bool = False
+    """Queries and keys have norms of their own."""
     num_experts: int = 0
     topk: int = 0
     """Routed experts of a token."""

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from megatron_rl.config.schema import QuantizedFormat
 from megatron_rl.data.samples import Completion, Prompt
+from megatron_rl.models.batch_invariance import make_room_for_vllm
+from megatron_rl.models.capabilities import capabilities
 from megatron_rl.rollout.isolation import guest, random_states_kept
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
 from megatron_rl.weights.exchange import Loader, OnFilled
@@ -49,6 +51,7 @@ class RolloutEngine:
         seed: int = 0,
         quantization: QuantizedFormat | None = None,
         batch_invariant: bool = False,
+        record_routes: bool = False,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
         """Start the engine with the weights of `model_path`, as version 0. Collective over torch.distributed's world.
@@ -66,6 +69,7 @@ class RolloutEngine:
             quantization: the engine's layers are quantised, and it has no weights until `load_weights` brings those of
                 `weights.quantization`. None: as the checkpoint is.
             batch_invariant: vLLM's kernels whose results do not depend on the batch, on a GPU; for the whole process.
+            record_routes: completions carry the experts that each token went to; without a cache of prefixes.
             engine_args: further arguments of vLLM's EngineArgs.
 
         Raises:
@@ -84,6 +88,7 @@ class RolloutEngine:
             raise RuntimeError("this process has a rollout engine; shut it down before starting another")
         if batch_invariant:
             os.environ["VLLM_BATCH_INVARIANT"] = "1"
+            make_room_for_vllm(capabilities().compute_capability)
         with guest():
             from megatron_rl.rollout import llm
 
@@ -100,8 +105,10 @@ class RolloutEngine:
                 enforce_eager=enforce_eager,
                 seed=seed,
                 quantization=quantization,
+                prefix_cache=False if record_routes else None,
                 engine_args=engine_args or {},
             )
+            self._recorder = self._recorder_of_routes() if record_routes else None
         RolloutEngine._alive = True
         self._tokenizer = self._engine.get_tokenizer()
         # Left in place it would destroy the caller's process groups when the engine is collected.
@@ -149,8 +156,13 @@ class RolloutEngine:
             for room in [min(sampling.max_response_tokens, self.max_model_len - len(prompt.token_ids))]
             for sample in range(num_samples)
         ]
-        outputs = [output.outputs[0] for output in self._run(requests, on_progress)]
-        completions = [self._completion(output) for output in outputs]
+        completions = [
+            self._completion(output.outputs[0], request, len(token_ids))
+            for request, (output, (token_ids, _)) in enumerate(
+                zip(self._run(requests, on_progress), requests, strict=True)
+            )
+        ]
+        self._forget_routes()
         return [completions[start : start + num_samples] for start in range(0, len(completions), num_samples)]
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -168,6 +180,7 @@ class RolloutEngine:
                 )
         params = self._llm.scoring_params()
         outputs = self._run([(sequence, params) for sequence in sequences], None)
+        self._forget_routes()
         return [[float(value) for value in output.prompt_logprobs.logprobs] for output in outputs]
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
@@ -271,7 +284,17 @@ class RolloutEngine:
     def _compilation(self) -> AbstractContextManager[Any]:
         return torch.compiler.set_stance("force_eager") if self._interpreted else nullcontext()
 
-    def _completion(self, output: Any) -> Completion:
+    def _recorder_of_routes(self) -> Any:
+        from megatron_rl.rollout.routes import RouteRecorder
+
+        (recorder,) = self._engine.collective_rpc(RouteRecorder)
+        return recorder
+
+    def _forget_routes(self) -> None:
+        if self._recorder is not None:
+            self._recorder.forget()
+
+    def _completion(self, output: Any, request: int, num_prompt_tokens: int) -> Completion:
         if output.finish_reason not in ("stop", "length"):
             raise RuntimeError(
                 f"vLLM ended a completion with {output.finish_reason!r} after {len(output.token_ids)} tokens"
@@ -285,6 +308,9 @@ class RolloutEngine:
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             finish_reason=output.finish_reason,
             weight_version=self.weight_version,
+            routes=None
+            if self._recorder is None
+            else self._recorder.take(str(request), num_prompt_tokens + len(token_ids) - 1),
         )
 
     def _reset_prefix_cache(self) -> None:

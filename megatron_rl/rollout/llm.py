@@ -52,9 +52,12 @@ def start_engine(
     enforce_eager: bool,
     seed: int,
     quantization: QuantizedFormat | None,
+    prefix_cache: bool | None,
     engine_args: dict[str, Any],
 ) -> LLMEngine:
     """vLLM's engine in this process; parameters as of `RolloutEngine`. Collective over torch.distributed's world.
+
+    `prefix_cache` None leaves that to vLLM and engine_args.
 
     Raises:
         RolloutError: an entry of engine_args that vLLM does not have, or that is decided here.
@@ -79,6 +82,8 @@ def start_engine(
         "max_num_batched_tokens": max(max_model_len, _PREFILL_TOKENS),
         "use_tqdm_on_load": False,
     }
+    if prefix_cache is not None:
+        decided["enable_prefix_caching"] = prefix_cache
     if quantization is not None:
         # There are no quantised weights yet: the engine starts with placeholders, which the first sync replaces.
         decided |= {

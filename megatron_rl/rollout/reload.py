@@ -29,8 +29,8 @@ from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
 _LOADED_BY_COPY = ("GptOssRoutedExperts", "OAIAttention")
-_DERIVED = (".azp_adj",)
-"""Parameters of quantised layers that vLLM computes from the others after loading; no checkpoint has them."""
+_DERIVED = (".azp_adj", ".W_UK_T", ".W_UV")
+"""Parameters of quantised layers and of latent attention that vLLM computes from others, and no checkpoint has."""
 
 
 def reload_weights(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:

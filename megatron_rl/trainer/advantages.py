@@ -59,14 +59,17 @@ def add_advantages(
         for row in rows:
             _estimate_tokens(row, rewards, estimator, config.gamma)
     else:
+        whole = rewards
         if any(TOKEN_REWARDS in row.per_token for row in rows):
-            rewards = rewards + gathered_sums(rows, TOKEN_REWARDS, len(samples), dp)
+            whole = rewards + gathered_sums(rows, TOKEN_REWARDS, len(samples), dp)
         group_ids = torch.tensor([sample.prompt.prompt_id for sample in samples])
         advantages = estimator(
-            rewards=rewards, group_ids=group_ids, baseline=baseline, values=None, loss_mask=None, cu_seqlens=None
+            rewards=whole, group_ids=group_ids, baseline=baseline, values=None, loss_mask=None, cu_seqlens=None
         )
         for row in rows:
             row.per_token["advantages"] = spread(row, advantages.tolist())
+            if "values" in row.per_token:  # of a critic that this estimator has no use for
+                row.per_token["returns"] = _returns(row, _token_rewards(row, rewards), config.gamma)
     if config.whiten is not Whitening.none:
         _whiten(rows, dp, subtract_mean=config.whiten is Whitening.full, epsilon=config.std_epsilon)
     return gathered_means(rows, "advantages", len(samples), dp)
@@ -74,9 +77,7 @@ def add_advantages(
 
 def _estimate_tokens(row: PackedRow, rewards: Tensor, estimator: Bound, gamma: float) -> None:
     mask, cu_seqlens = row.loss_mask, row.cu_seqlens[: len(row.sequence_ids) + 1]
-    of_tokens = terminal_rewards(rewards[list(row.sequence_ids)], mask, cu_seqlens)
-    if TOKEN_REWARDS in row.per_token:
-        of_tokens = of_tokens + row.per_token[TOKEN_REWARDS]
+    of_tokens = _token_rewards(row, rewards)
     values = row.per_token.get("values")
     found = estimator(
         rewards=of_tokens, values=values, loss_mask=mask, cu_seqlens=cu_seqlens, group_ids=None, baseline=None
@@ -85,8 +86,20 @@ def _estimate_tokens(row: PackedRow, rewards: Tensor, estimator: Bound, gamma: f
     row.per_token["advantages"] = torch.where(mask > 0, advantages, 0.0)
     if values is not None:
         if returns is None:
-            returns = discounted_returns(of_tokens, mask, cu_seqlens, gamma=gamma)
+            returns = _returns(row, of_tokens, gamma)
         row.per_token["returns"] = returns
+
+
+def _token_rewards(row: PackedRow, rewards: Tensor) -> Tensor:
+    """[T]: the rewards of completions on their last trained tokens, and those of single tokens."""
+    cu_seqlens = row.cu_seqlens[: len(row.sequence_ids) + 1]
+    of_tokens = terminal_rewards(rewards[list(row.sequence_ids)], row.loss_mask, cu_seqlens)
+    return of_tokens + row.per_token[TOKEN_REWARDS] if TOKEN_REWARDS in row.per_token else of_tokens
+
+
+def _returns(row: PackedRow, of_tokens: Tensor, gamma: float) -> Tensor:
+    cu_seqlens = row.cu_seqlens[: len(row.sequence_ids) + 1]
+    return discounted_returns(of_tokens, row.loss_mask, cu_seqlens, gamma=gamma)
 
 
 def _whiten(rows: Sequence[PackedRow], dp: ProcessGroup, *, subtract_mean: bool, epsilon: float) -> None:

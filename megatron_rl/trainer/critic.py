@@ -1,8 +1,8 @@
 """The critic of an actor-critic run: a value per token, fitted to the returns of each step by an optimizer of its own.
 
-Its backbone is separate from the policy's: on the same ranks and rows, with other weights. Before the first update of a
-step it values the tokens of all rows; from these values come the advantages, the returns that it is fitted to, and the
-bounds of its clip.
+Its backbone is separate from the policy's, on the same ranks and rows, with other weights (a shared one is in
+`engine/actor_critic.py`). Before the first update of a step it values the tokens of all rows; from these values come
+the advantages, the returns that it is fitted to, and the bounds of its clip.
 """
 
 from collections.abc import Sequence

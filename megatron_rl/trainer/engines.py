@@ -9,13 +9,14 @@ import hashlib
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_rl.config.schema import Config, EnginePlacement, RolloutConfig
+from megatron_rl.config.schema import Config, EnginePlacement, RewardModelKind, RolloutConfig
 from megatron_rl.config.validate import longest_sequence
 from megatron_rl.device import HAS_CUDA
 from megatron_rl.parallel.groups import Groups
@@ -25,6 +26,7 @@ from megatron_rl.rollout.address import LOOPBACK, address_towards
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.hosting import FOLDER_VARIABLE, HostedServer, host_engine
 from megatron_rl.rollout.remote import NoEngine, RemoteEngine, server_arguments
+from megatron_rl.rollout.reward_server import RewardServer
 from megatron_rl.rollout.server import EngineServer
 from megatron_rl.trainer.run_directory import RunDirectory
 from megatron_rl.trainer.tokenizer import load_tokenizer
@@ -48,6 +50,7 @@ def build_engine(
         seed=seed,
         quantization=config.quantization,
         batch_invariant=batch_invariant,
+        record_routes=config.record_routes,
         engine_args=config.engine_args,
     )
 
@@ -81,6 +84,25 @@ def keep_engine(config: Config, number: int, folder: Path, *, reached_from: str,
     """
     host = address_towards(reached_from)
     host_engine(number, folder, partial(_start_server, config, number, host=host, first_slot=first_slot))
+
+
+def start_reward_server(config: Config) -> RewardServer:
+    """The server of the learned reward, which ends with this process.
+
+    Raises:
+        EngineLost: it did not start.
+    """
+    model = config.rewards.model
+    plain = replace(config.rollout, engine_args=model.engine_args)  # not those of the policy's engine
+    dtype = config.model.params_dtype.value
+    server = RewardServer(
+        str(model.hf_path),
+        server_arguments(plain, dtype=dtype, seed=config.seed, max_model_len=_longest(config)),
+        per_token=model.kind is RewardModelKind.process,
+        log=_run(config).logs_dir / "reward_engine.log",
+    )
+    atexit.register(server.shutdown)
+    return server
 
 
 def _start_server(config: Config, number: int, *, host: str, first_slot: int) -> EngineServer:

@@ -5,12 +5,14 @@ of a reference that is not fixed beside the policy's.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_rl.algorithms.kl import adaptive_kl_coefficient, kl_estimate
 from megatron_rl.algorithms.reward_shaping import kl_in_rewards
-from megatron_rl.config.schema import KLConfig, KLPlace, KLReference
+from megatron_rl.config.schema import KLConfig, KLEstimator, KLPlace, KLReference
 from megatron_rl.data.packing import PackedRow
-from megatron_rl.engine.reference import ReferenceWeights, Teacher
+from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.reference import ReferenceLogits, ReferenceWeights, Teacher, reference_logits
 from megatron_rl.engine.step import forward_log_probs
 from megatron_rl.trainer.advantages import TOKEN_REWARDS
 from megatron_rl.trainer.training import RunState
@@ -23,6 +25,8 @@ class KLPenalty:
 
     def __init__(self, config: KLConfig, reference: ReferenceWeights | Teacher | None, state: RunState) -> None:
         self.config, self.reference, self.state = config, reference, state
+        self.logits: ReferenceLogits | None = None
+        """Of the step's rows, where the KL is to be exact."""
 
     @property
     def coefficient(self) -> float:
@@ -34,23 +38,24 @@ class KLPenalty:
         """Whether the rewards are penalised, for which the old policy's log-probs are needed."""
         return self.reference is not None and self.config.place is KLPlace.reward
 
-    def add_log_probs(self, rows: Sequence[PackedRow], *, temperature: float) -> None:
-        """Give the rows `ref_log_probs`."""
+    def add_log_probs(self, rows: Sequence[PackedRow], *, policy: Policy, temperature: float) -> None:
+        """Give the rows `ref_log_probs`; for an exact KL, keep the reference's distributions."""
         if self.reference is None:
             return
         with self.reference.swapped_in() as reference:
             outputs = forward_log_probs(reference, rows, temperature=temperature)
         for row, (log_probs, _) in zip(rows, outputs, strict=True):
             row.per_token["ref_log_probs"] = log_probs
+        if self.config.estimator is KLEstimator.exact:
+            self.logits = reference_logits(self.reference, policy, rows)
 
     def penalise(self, rows: Sequence[PackedRow]) -> None:
         """Take the penalty off the rewards of the rows' tokens."""
         if not self.in_reward:
             return
+        estimator: Any = self.config.estimator.value
         for row in rows:
-            kl = kl_estimate(
-                row.per_token["old_log_probs"], row.per_token["ref_log_probs"], self.config.estimator.value
-            )
+            kl = kl_estimate(row.per_token["old_log_probs"], row.per_token["ref_log_probs"], estimator)
             rewards = row.per_token.get(TOKEN_REWARDS, kl.new_zeros(kl.shape))
             row.per_token[TOKEN_REWARDS] = kl_in_rewards(rewards, kl, row.loss_mask, coefficient=self.coefficient)
 

@@ -7,13 +7,16 @@ from torch import Tensor
 
 from megatron_rl.algorithms.advantages import RunningBaseline
 from megatron_rl.algorithms.metrics import Metric, combine
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, KLEstimator
 from megatron_rl.data.datasets import load_prompts, training_sequence
 from megatron_rl.data.order import DataOrder
-from megatron_rl.data.packing import PackedRow
+from megatron_rl.data.packing import NEW_VALUES, PackedRow
 from megatron_rl.data.samples import Completion, Prompt, Sample
+from megatron_rl.engine.actor_critic import ActorCritic, Values
+from megatron_rl.engine.head import Extra
 from megatron_rl.engine.offload import TrainingMemory
-from megatron_rl.engine.step import forward_log_probs
+from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.step import forward_outputs
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rewards.registry import resolve_rewards
@@ -73,11 +76,14 @@ class Reinforcement:
         self.num_updates = num_samples // self.samples_per_update * config.train.num_epochs_per_step
         self.estimator = resolve_estimator(config.algorithm.advantage)
         self.policy_loss = resolve_policy_loss(config.algorithm.policy_loss)
+        shared = config.algorithm.critic.shared
+        self.values: list[Extra] = [Values()] if shared else []
         self.training = Training(
             config,
             groups,
             num_updates_per_step=self.num_updates,
-            with_critic=needs_critic(self.estimator),
+            build=ActorCritic if shared else Policy,
+            with_critic=needs_critic(self.estimator) and not shared,
             with_reference=bool(config.algorithm.kl.coefficient) or "ref_log_probs" in self.policy_loss.wants,
             records=records,
         )
@@ -143,13 +149,18 @@ class Reinforcement:
             self.training.minibatch(sequences, range(start, start + size)) for start in range(0, len(sequences), size)
         ]
         rows = _rows(batches)
-        if not self.on_policy or self.kl.in_reward:
-            policy = self.training.policy
-            with policy.routing.recording():
-                outputs = forward_log_probs(policy, rows, temperature=self.sampling.temperature)
-            for row, (log_probs, _) in zip(rows, outputs, strict=True):
-                row.per_token["old_log_probs"] = log_probs
-        self.kl.add_log_probs(rows, temperature=self.sampling.temperature)
+        policy, recorded = self.training.policy, self.config.rollout.record_routes
+        if recorded:
+            policy.routing.take(rows, [routes for s in samples if (routes := s.completion.routes) is not None])
+        is_exact = self.config.algorithm.kl.estimator is KLEstimator.exact
+        if not self.on_policy or self.kl.in_reward or self.values or is_exact:
+            with policy.routing.replaying() if recorded else policy.routing.recording():
+                outputs = forward_outputs(policy, rows, temperature=self.sampling.temperature, extras=self.values)
+            for row, of_row in zip(rows, outputs, strict=True):
+                row.per_token["old_log_probs"] = of_row["log_probs"]
+                if NEW_VALUES in of_row:
+                    row.per_token["values"] = of_row[NEW_VALUES]
+        self.kl.add_log_probs(rows, policy=policy, temperature=self.sampling.temperature)
         if self.training.critic is not None:
             self.training.critic.add_values(rows)
         return batches
@@ -190,8 +201,14 @@ class Reinforcement:
                     policy_loss=self.policy_loss,
                     on_policy=self.on_policy,
                     kl_coefficient=self.kl.coefficient,
+                    reference=self.kl.logits,
                 )
-                update = training.update(batch, objective, temperature=self.sampling.temperature)
+                update = training.update(
+                    batch,
+                    objective,
+                    temperature=self.sampling.temperature,
+                    extras=self.values,
+                )
                 metrics = combine(metrics, update)
         found = training.reduce(metrics)
         if not warming_up:

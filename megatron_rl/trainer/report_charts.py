@@ -84,6 +84,7 @@ CHARTS = (
         {
             "policy/loss": "whole",
             "policy/loss_policy": "policy",
+            "policy/loss_value": "value",
             "policy/loss_entropy": "entropy",
             "policy/loss_kl": "KL",
         },

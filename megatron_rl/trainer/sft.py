@@ -7,6 +7,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.datasets import load_sft
 from megatron_rl.data.order import DataOrder
 from megatron_rl.data.samples import TrainingSequence
+from megatron_rl.engine.reference import reference_logits
 from megatron_rl.engine.step import forward_log_probs
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.trainer.objectives import SupervisedObjective
@@ -18,7 +19,8 @@ from megatron_rl.trainer.training import Training
 def train_sft(config: Config, groups: Groups) -> None:
     """Run or resume supervised fine-tuning."""
     loss = resolve_supervised_loss(config.algorithm.supervised)
-    training = Training(config, groups, num_updates_per_step=1)
+    with_reference = config.algorithm.kl.coefficient > 0
+    training = Training(config, groups, num_updates_per_step=1, with_reference=with_reference)
     tokenizer = load_tokenizer(config.model.hf_path)
     max_tokens = config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens
     sequences = load_sft(str(config.data.train), config.data, tokenizer, max_tokens=max_tokens)
@@ -31,8 +33,12 @@ def train_sft(config: Config, groups: Groups) -> None:
             with training.step() as row:
                 batch = training.minibatch(sequences, order.rows(state.data_position, batch_size))
                 state.data_position += batch_size
+                reference = None
+                if training.reference is not None:
+                    with training.timer.phase("log_probs"):
+                        reference = reference_logits(training.reference, training.policy, batch.rows)
                 with training.timer.phase("train"):
-                    objective = SupervisedObjective(config.algorithm, batch.counts, _norm(config), loss)
+                    objective = SupervisedObjective(config.algorithm, batch.counts, _norm(config), loss, reference)
                     row |= training.reduce(training.update(batch, objective))
                 row["throughput/tokens"] = batch.num_tokens
                 done = state.step + 1

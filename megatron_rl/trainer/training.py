@@ -25,6 +25,7 @@ from megatron_rl.config.load import save_config
 from megatron_rl.config.numerics import row_multiple
 from megatron_rl.config.schema import Config, GuardAction, KLReference, NonFinite
 from megatron_rl.data.samples import TrainingSequence
+from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.reference import ReferenceWeights, Teacher
@@ -242,13 +243,15 @@ class Training:
             cost=lambda length: self.policy.sizes.training_flops([length]),
         )
 
-    def update(self, batch: MiniBatch, objective: LossFunction, *, temperature: float = 1.0) -> dict[str, Metric]:
-        """One optimizer step of the policy on a mini-batch: forward, backward, clip, step.
+    def update(
+        self, batch: MiniBatch, objective: LossFunction, *, temperature: float = 1.0, extras: Sequence[Extra] = ()
+    ) -> dict[str, Metric]:
+        """One optimizer step of the policy on a mini-batch: forward, backward, clip, step; see `forward_backward`.
 
         Raises:
             NonFiniteError: optimizer.on_non_finite is 'stop', and the loss or the gradient norm is not finite.
         """
-        metrics = self._update(self.policy, self.optimizer, batch, objective, temperature)
+        metrics = self._update(self.policy, self.optimizer, batch, objective, temperature, extras)
         if not self.groups.reports:
             return {}
         return metrics | {
@@ -263,12 +266,18 @@ class Training:
         return {name.replace("optim/", "value/"): metric for name, metric in metrics.items()}
 
     def _update(
-        self, model: Policy, optimizer: Optimizer, batch: MiniBatch, objective: LossFunction, temperature: float
+        self,
+        model: Policy,
+        optimizer: Optimizer,
+        batch: MiniBatch,
+        objective: LossFunction,
+        temperature: float,
+        extras: Sequence[Extra] = (),
     ) -> dict[str, Metric]:
         self._flops += model.sizes.training_flops(batch.lengths)
         optimizer.zero_grad()
         with model.routing.replaying():
-            metrics = forward_backward(model, batch.rows, objective, temperature=temperature)
+            metrics = forward_backward(model, batch.rows, objective, temperature=temperature, extras=extras)
         bad_losses = metrics.pop(NON_FINITE_LOSSES).value if metrics else 0.0
         (bad_losses,) = reduce_counts([bad_losses], self.groups.world)
         guarded = bool(self.config.guards) and model is self.policy

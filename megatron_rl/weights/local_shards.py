@@ -11,16 +11,19 @@ from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
 
 # Transformer Engine fuses each norm into the linear layer after it; the tables use the unfused names.
-_FUSED_NORMS = {
+FUSED_NORMS = {
     "self_attention.linear_qkv": "input_layernorm",
     "self_attention.linear_q_up_proj": "self_attention.q_layernorm",
     "self_attention.linear_kv_up_proj": "self_attention.kv_layernorm",
     "mlp.linear_fc1": "pre_mlp_layernorm",
 }
+"""Linear layer -> the norm before it, by names in a layer."""
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
 _FUSED_NORM = re.compile(r"^(.*)\.layer_norm_(weight|bias)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.*)$")
 _GROUPED_EXPERT = re.compile(r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
+VALUE_HEAD = "value_head"
+"""Where a model with a critic on its backbone keeps the critic's head; see `engine/actor_critic.py`."""
 _BUFFERS = (".router.expert_bias",)
 """Buffers that are weights of the Hugging Face checkpoint."""
 
@@ -29,12 +32,15 @@ def local_parameters(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
     """Weights of this rank's model chunks (unwrapped GPTModels) by table name: parameters, and buffers like them.
 
     Layers are numbered over the whole model, experts over their whole layer. The copy of a tied embedding that a last
-    pipeline stage keeps as its output layer is left out: it is the first stage's parameter.
+    pipeline stage keeps as its output layer is left out: it is the first stage's parameter. So is a value head beside
+    the output layer, which no table has.
     """
     parameters: dict[str, Tensor] = {}
     for chunk in chunks:
         weights = [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(_BUFFERS)]
         for name, parameter in (*chunk.named_parameters(), *weights):
+            if name.startswith(f"{VALUE_HEAD}."):
+                continue
             match = _LAYER.match(name)
             if match:
                 layer: Any = chunk.decoder.layers[int(match[1])]  # type: ignore[union-attr,index]
@@ -48,7 +54,7 @@ def local_parameters(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
 def _name_in_layer(name: str, layer: Any) -> str:
     """The table's name of a parameter of `layer`, given core's."""
     if fused := _FUSED_NORM.match(name):
-        return f"{_FUSED_NORMS[fused[1]]}.{fused[2]}"
+        return f"{FUSED_NORMS[fused[1]]}.{fused[2]}"
     if grouped := _GROUPED_EXPERT.match(name):
         name = f"mlp.experts.local_experts.{grouped[3]}.{grouped[1]}.{grouped[2]}"
     if expert := _EXPERT.match(name):

@@ -7,7 +7,7 @@ gradient tensor, joined to its full shape under its Hugging Face name.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +24,14 @@ from megatron_rl.config.schema import (
     Dtype,
     KLConfig,
     ModelConfig,
+    OptimizerConfig,
     ParallelConfig,
     PolicyLossConfig,
 )
 from megatron_rl.data.packing import unpack
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.initialize import initialize
+from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import LossFunction, forward_backward
 from megatron_rl.parallel.reductions import reduce_metrics
@@ -67,10 +69,11 @@ class Case:
         return f"{short} {self.micro_batch_tokens} {self.loss} {dict(self.model)}"
 
 
-def layouts(num_ranks: int, *, experts: int = 0) -> Iterator[dict[str, Any]]:
+def layouts(num_ranks: int, *, experts: int = 0, whole_experts: bool = False) -> Iterator[dict[str, Any]]:
     """Every legal factorisation of `num_ranks`, of a model of 4 layers with `experts` routed experts.
 
-    Stages of two chunks are for 2 stages only: 4 of them would take 8 layers, which amplify roundings.
+    With `whole_experts` the matrices of experts are not split: core splits no expert with a bias. Stages of two chunks
+    are for 2 stages only: 4 of them would take 8 layers, which amplify roundings.
     """
     sizes = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
     for tp, pp, cp in product(sizes, repeat=3):
@@ -79,8 +82,7 @@ def layouts(num_ranks: int, *, experts: int = 0) -> Iterator[dict[str, Any]]:
         # Megatron trains experts under tensor parallelism with sequence parallelism only.
         sequence_parallel = [False] if tp == 1 else [True] if experts else [False, True]
         expert_sizes = [(ep, etp) for ep, etp in product(sizes, repeat=2) if num_ranks // pp % (ep * etp) == 0]
-        # Alone, experts that are split otherwise than the rest get wrong sums: refused by the configuration.
-        expert_sizes = [(ep, etp) for ep, etp in expert_sizes if ep > 1 or etp == tp]
+        expert_sizes = [(ep, etp) for ep, etp in expert_sizes if etp == 1 or not whole_experts]
         expert_sizes = [(ep, etp) for ep, etp in expert_sizes if experts and experts % ep == 0] or [(1, None)]
         for sp, chunks, (ep, etp) in product(sequence_parallel, [None, 2] if pp == 2 else [None], expert_sizes):
             yield dict(
@@ -94,15 +96,30 @@ def layouts(num_ranks: int, *, experts: int = 0) -> Iterator[dict[str, Any]]:
             )
 
 
-def some_cases(num_ranks: int, *, experts: int = 0) -> list[Case]:
-    """Every layout once; losses and micro-batches take turns, so that each pair of them is met."""
+GATHERING = (("transformer_config", {"moe_token_dispatcher_type": "allgather"}),)
+"""Megatron's other way of sending tokens to experts, which gathers rows that are filled up to one length."""
+
+
+def placements(num_ranks: int, **experts: Any) -> Iterator[tuple[dict[str, Any], tuple[tuple[str, Any], ...]]]:
+    """(layout, fields of ModelConfig): every layout with each way of sending tokens to experts."""
+    yield from product(layouts(num_ranks, **experts), [(), GATHERING] if experts.get("experts") else [()])
+
+
+def some_cases(num_ranks: int, **experts: Any) -> list[Case]:
+    """Every placement once; losses and micro-batches take turns, so that each pair of them is met."""
     pairs = list(product(MICRO_BATCH_TOKENS, LOSSES))
-    return [Case(layout, *pairs[i * 4 % len(pairs)]) for i, layout in enumerate(layouts(num_ranks, experts=experts))]
+    return [
+        Case(layout, *pairs[i * 4 % len(pairs)], model)
+        for i, (layout, model) in enumerate(placements(num_ranks, **experts))
+    ]
 
 
-def all_cases(num_ranks: int, *, experts: int = 0) -> list[Case]:
+def all_cases(num_ranks: int, **experts: Any) -> list[Case]:
     """Everything with everything."""
-    return [Case(*case) for case in product(layouts(num_ranks, experts=experts), MICRO_BATCH_TOKENS, LOSSES)]
+    return [
+        Case(layout, tokens, loss, model)
+        for (layout, model), tokens, loss in product(placements(num_ranks, **experts), MICRO_BATCH_TOKENS, LOSSES)
+    ]
 
 
 def sequences_of(loss: str) -> list[TrainingSequence]:
@@ -157,15 +174,19 @@ def reference(folder: Path, loss: str) -> tuple[dict[str, float], dict[str, torc
     gradients: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            gradients |= as_stored(name, parameter.grad)
-    return reduce_metrics(metrics, None), gradients
+            gradients |= as_stored(name, parameter.grad, stacked=model.config.model_type == "gpt_oss")
+    norm = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
+    return reduce_metrics(metrics, None) | {"optim/grad_norm": norm}, gradients
 
 
-def as_stored(name: str, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
-    """By the names of the checkpoint, which keeps the experts apart that transformers' model stacks."""
+def as_stored(name: str, gradient: torch.Tensor, *, stacked: bool) -> dict[str, torch.Tensor]:
+    """By the names of the checkpoint, which keeps the experts apart that transformers' model stacks; if it stacks them
+    as well, the parts have the number of the expert behind the name."""
     prefix, experts, kind = name.partition(".mlp.experts.")
     if not experts:
         return {name: gradient}
+    if stacked:
+        return {f"{name}[{expert}]": of_expert for expert, of_expert in enumerate(gradient)}
     parts = {"down_proj": gradient}
     if kind == "gate_up_proj":
         parts = dict(zip(("gate_proj", "up_proj"), gradient.chunk(2, dim=1), strict=True))
@@ -177,55 +198,80 @@ def as_stored(name: str, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def visit(rank: int, folder: Path, cases: list[Case], expected: Path, relative: float) -> list[str]:
-    """What is wrong at each case, in words; an empty list is what is wanted."""
+    """What is wrong at each case, in words; none is what is wanted. Neighbours of one placement share a model."""
     references = torch.load(expected, weights_only=True)
     wrong: list[str] = []
-    for case in cases:
-        metrics, gradients = step_at(folder, case)
-        expected_metrics, expected_gradients = references[case.loss]
-        if rank == 0:
-            wrong += [
-                f"{case}: {what}"
-                for what in differences(metrics, gradients, expected_metrics, expected_gradients, relative)
-            ]
+    for (layout, model), of_placement in groupby(cases, key=lambda case: (case.layout, case.model)):
+        stepper = Stepper(folder, layout, model)
+        for case in of_placement:
+            metrics, gradients = stepper.step(case)
+            expected_metrics, expected_gradients = references[case.loss]
+            if rank == 0:
+                wrong += [
+                    f"{case}: {what}"
+                    for what in differences(metrics, gradients, expected_metrics, expected_gradients, relative)
+                ]
+        leave()
     return wrong
 
 
 def step_at(folder: Path, case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """(metrics, gradients by Hugging Face name) of one step at a layout; leaves the world as it was before."""
-    parallel = ParallelConfig(**case.layout)
-    groups = initialize(parallel, seed=1)
-    settings = ModelConfig(hf_path=str(folder), params_dtype=Dtype.float32, **dict(case.model))
-    policy = Policy(settings, groups, parallel, use_distributed_optimizer=False)
-    sequences = sequences_of(case.loss)
-    batch = MiniBatch.of(
-        sequences,
-        range(len(sequences)),
-        groups,
-        micro_batch_tokens=case.micro_batch_tokens,
-        pad_to_multiple=1,
-        num_rows_multiple=groups.pp.size() if parallel.virtual_pipeline_model_parallel_size else 1,
-    )
-    found = forward_backward(policy, batch.rows, objective_of(case.loss, batch), temperature=TEMPERATURE)
-    metrics = reduce_metrics(found, groups.world)
-    gradients = whole_gradients(policy)
+    found = Stepper(folder, case.layout, case.model).step(case)
     leave()
-    return metrics, gradients
+    return found
+
+
+class Stepper:
+    """A model at a layout."""
+
+    def __init__(self, folder: Path, layout: dict[str, Any], model: tuple[tuple[str, Any], ...]) -> None:
+        self.parallel = ParallelConfig(**layout)
+        groups = initialize(self.parallel, seed=1)
+        settings = ModelConfig(hf_path=str(folder), params_dtype=Dtype.float32, **dict(model))
+        self.policy = Policy(settings, groups, self.parallel, use_distributed_optimizer=False)
+        self.optimizer = Optimizer(OptimizerConfig(use_distributed_optimizer=False), self.policy, num_steps=1)
+
+    def step(self, case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        """(metrics with the norm of the gradients, gradients by Hugging Face name); the weights stay."""
+        policy, groups = self.policy, self.policy.groups
+        sequences = sequences_of(case.loss)
+        batch = MiniBatch.of(
+            sequences,
+            range(len(sequences)),
+            groups,
+            micro_batch_tokens=case.micro_batch_tokens,
+            pad_to_multiple=1,
+            num_rows_multiple=groups.pp.size() if self.parallel.virtual_pipeline_model_parallel_size else 1,
+        )
+        self.optimizer.zero_grad()
+        found = forward_backward(policy, batch.rows, objective_of(case.loss, batch), temperature=TEMPERATURE)
+        metrics = reduce_metrics(found, groups.world)
+        self.optimizer.megatron.prepare_grads()
+        metrics["optim/grad_norm"] = float(self.optimizer.megatron.get_grad_norm())
+        return metrics, whole_gradients(policy)
 
 
 def whole_gradients(policy: Policy) -> dict[str, torch.Tensor]:
     """Every gradient under its Hugging Face name, put together from the shards of all ranks; {} but on rank 0."""
     groups, place = policy.groups, Place.of(policy.groups)
-    mine = {name: p.main_grad for name, p in policy.parameters.items() if hasattr(p, "main_grad")}
+    # As arrays: a tensor travels through a file of its own.
+    mine = {name: p.main_grad.numpy() for name, p in policy.parameters.items() if hasattr(p, "main_grad")}
     of_ranks: list[Any] | None = [None] * groups.world.size() if groups.world.rank() == 0 else None
     dist.gather_object((place, mine), of_ranks)
     gradients: dict[str, torch.Tensor] = {}
     for tensor_map in policy.maps if of_ranks else []:
-        shards = {p.in_group_of(tensor_map)[0]: g[tensor_map.name] for p, g in of_ranks or [] if tensor_map.name in g}
+        shards = {
+            p.in_group_of(tensor_map)[0]: torch.from_numpy(g[tensor_map.name])
+            for p, g in of_ranks or []
+            if tensor_map.name in g
+        }
         if shards:
-            gradients |= {
-                name: whole.clone() for name, whole in assemble(tensor_map, [shards[i] for i in sorted(shards)])
-            }
+            for name, whole in assemble(tensor_map, [shards[i] for i in sorted(shards)]):
+                if tensor_map.index is None:
+                    gradients[name] = whole.clone()
+                else:  # of a stack, in which the others are not filled
+                    gradients[f"{name}[{tensor_map.index}]"] = whole[tensor_map.index].clone()
     return gradients
 
 

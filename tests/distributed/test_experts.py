@@ -24,11 +24,20 @@ EXPERTS, TOPK, LAYERS = 4, 2, 2
 COEFFICIENT = 0.05
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
+    "dp2": (2, {}),
     "ep2": (2, {"expert_model_parallel_size": 2}),
     "cp2": (2, {"context_parallel_size": 2}),
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "etp2": (2, {"expert_tensor_parallel_size": 2}),
+    "tp2_etp1": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1}),
+    "tp2_pp2_sp": (
+        4,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+    ),
+    "tp2_cp2_sp": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2}),
 }
+BIAS_RATE = 0.01
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +53,6 @@ def build(checkpoint: Path, layout: dict[str, Any], **model: Any) -> Policy:
 
 
 def row_of(lengths: list[int], seed: int) -> PackedRow:
-    """Lengths in multiples of 4 are not padded by context parallelism of 2, which would count in auxiliary losses."""
     rng = np.random.default_rng(seed)
     sequences = [TrainingSequence(rng.integers(3, 259, n + 1), np.ones(n, dtype=np.float32)) for n in lengths]
     return pack(sequences, range(len(lengths)), pad_to_multiple=1)
@@ -100,16 +108,28 @@ def test_routes_are_replayed(checkpoint: Path, layout: str) -> None:
         assert moved > 0  # so that the replay had something to do
 
 
+def balancing_rows(name: str, rank: int) -> list[PackedRow]:
+    """Lengths that every split must fill up; with `_empty` a rank has no work, with `_twice` the row twice."""
+    row = row_of([7, 3], 1)
+    if name.endswith("_empty") and rank == 1:
+        return [pack([], [], pad_to_multiple=1)]
+    return [row] * (2 if name.endswith("_twice") else 1)
+
+
 def auxiliary_gradients(rank: int, checkpoint: Path, names: list[str]) -> list[torch.Tensor]:
-    """Gradient of the auxiliary loss alone in the last router's weight, at layouts, and with the row twice."""
+    """Gradient of the auxiliary losses alone in the last router's weight, at layouts."""
     results = []
     for name in names:
         policy = build(
             checkpoint,
-            LAYOUTS[name.removesuffix("_twice")][1],
-            transformer_config={"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": COEFFICIENT},
+            LAYOUTS[name.removesuffix("_twice").removesuffix("_empty")][1],
+            transformer_config={
+                "moe_router_load_balancing_type": "aux_loss",
+                "moe_aux_loss_coeff": COEFFICIENT,
+                "moe_z_loss_coeff": COEFFICIENT,
+            },
         )
-        rows = [row_of([8, 4], 1)] * (2 if name.endswith("_twice") else 1)
+        rows = balancing_rows(name, rank)
         forward_backward(policy, rows, lambda log_probs, entropy, row: (0.0 * log_probs.sum(), {}))
         gradients = whole_gradients(policy)
         results.append(gradients.get(f"model.layers.{LAYERS - 1}.mlp.gate.weight", torch.zeros(0)))
@@ -118,26 +138,93 @@ def auxiliary_gradients(rank: int, checkpoint: Path, names: list[str]) -> list[t
 
 
 def expected_auxiliary_gradient(rank: int, checkpoint: Path) -> torch.Tensor:
-    """By the definition: E * coefficient * sum_i f_i P_i, f_i the part of the choices that expert i got, P_i its mean
-    probability (Switch Transformer, arXiv:2101.03961, eq. 4; f_i over the choices, as Megatron counts)."""
+    """By the definitions: E * coefficient * sum_i f_i P_i, f_i the part of the choices that expert i got, P_i its mean
+    probability (Switch Transformer, arXiv:2101.03961, eq. 4; f_i over the choices, as Megatron counts); and
+    coefficient * mean of the squared log-sum-exp of a token's logits (ST-MoE, arXiv:2202.08906, eq. 5)."""
     policy = build(checkpoint, {})
     (router,) = [m for m in policy.models[0].decoder.layers[-1].modules() if isinstance(m, TopKRouter)]
     inputs: list[torch.Tensor] = []
     router.register_forward_hook(lambda module, given, out: inputs.append(given[0]))
-    forward_log_probs(policy, [row_of([8, 4], 1)])
+    forward_log_probs(policy, balancing_rows("one", rank))
     weight = router.weight.detach().double().requires_grad_()
-    probabilities = (inputs[0].flatten(0, 1).double() @ weight.T).softmax(-1)
+    logits = inputs[0].flatten(0, 1).double() @ weight.T
+    probabilities = logits.softmax(-1)
     counts = torch.bincount(probabilities.topk(TOPK).indices.flatten(), minlength=EXPERTS)
     part = counts / counts.sum()
-    (COEFFICIENT * EXPERTS * (part * probabilities.mean(0)).sum()).backward()
+    balance = EXPERTS * (part * probabilities.mean(0)).sum()
+    (COEFFICIENT * (balance + logits.logsumexp(-1).square().mean())).backward()
     assert weight.grad is not None
     return weight.grad
 
 
-def test_auxiliary_losses_do_not_depend_on_the_layout(checkpoint: Path) -> None:
-    (exact,) = run_ranks(expected_auxiliary_gradient, 1, checkpoint)
-    for num_ranks, names in ((1, ["one", "one_twice"]), (2, ["cp2", "tp2_sp", "pp2", "ep2"])):
-        for name, found in zip(names, run_ranks(auxiliary_gradients, num_ranks, checkpoint, names)[0], strict=True):
-            # float32 against float64, a sum over 12 tokens. A wrong scale would be off by a half or more.
-            error = float((found.double() - exact).norm() / exact.norm())
-            assert error < 1e-5, f"{name}: {error}"
+@pytest.fixture(scope="module")
+def exact(checkpoint: Path) -> torch.Tensor:
+    (gradient,) = run_ranks(expected_auxiliary_gradient, 1, checkpoint)
+    assert isinstance(gradient, torch.Tensor)
+    return gradient
+
+
+FOUR_RANKS = pytest.param(4, ["tp2_pp2_sp", "tp2_cp2_sp"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "names"),
+    [
+        pytest.param(1, ["one", "one_twice"], marks=pytest.mark.slow),
+        (2, ["cp2", "tp2_sp", "pp2", "ep2", "dp2_empty", "ep2_empty", "cp2_twice"]),
+        FOUR_RANKS,
+    ],
+)
+def test_auxiliary_losses_do_not_depend_on_the_layout(
+    checkpoint: Path, exact: torch.Tensor, num_ranks: int, names: list[str]
+) -> None:
+    for name, found in zip(names, run_ranks(auxiliary_gradients, num_ranks, checkpoint, names)[0], strict=True):
+        # float32 against float64, a sum over 10 tokens. A wrong scale would be off by a tenth or more.
+        error = float((found.double() - exact).norm() / exact.norm())
+        assert error < 1e-5, f"{name}: {error}"
+
+
+def moved_biases(rank: int, folder: Path, names: list[str]) -> list[dict[str, torch.Tensor]]:
+    """How far the biases of this rank's routers moved in a step of two rows, at layouts."""
+    results = []
+    for name in names:
+        layout = LAYOUTS[name.removesuffix("_empty")][1]
+        policy = build(folder, layout, transformer_config={"moe_router_bias_update_rate": BIAS_RATE})
+        before = {n: p.clone() for n, p in policy.parameters.items() if n.endswith("expert_bias")}
+        rows = balancing_rows(name, rank) * 2
+        forward_log_probs(policy, rows)  # passes without gradient do not count
+        forward_backward(policy, rows, lambda log_probs, entropy, row: (log_probs.sum(), {}))
+        results.append({n: policy.parameters[n] - bias for n, bias in before.items()})
+        leave()
+    return results
+
+
+def expected_moves(rank: int, folder: Path) -> dict[str, torch.Tensor]:
+    """rate * sign(mean - count), by what the routers chose (Wang et al. 2024, arXiv:2408.15664, algorithm 1)."""
+    policy = build(folder, {})
+    maps, _ = chosen(policy)
+    forward_log_probs(policy, balancing_rows("one", rank))
+    names = [n for n in policy.parameters if n.endswith("expert_bias")]
+    counts = [one.sum(0).float() for one in maps]
+    return {name: BIAS_RATE * (c.mean() - c).sign() for name, c in zip(names, counts, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "names"),
+    [
+        pytest.param(1, ["one"], marks=pytest.mark.slow),
+        (2, ["cp2", "tp2_sp", "pp2", "dp2_empty"]),
+        FOUR_RANKS,
+    ],
+)
+def test_the_bias_of_experts_moves_alike(tmp_path: Path, num_ranks: int, names: list[str]) -> None:
+    folder = make_checkpoint(tmp_path / "hf", "deepseek_v3", seed=3, hidden_size=64)
+    (expected,) = run_ranks(expected_moves, 1, folder)
+    assert expected
+    assert all(float(move.abs().max()) > 0 for move in expected.values())
+    for of_rank in run_ranks(moved_biases, num_ranks, folder, names, timeout_s=200.0):
+        for name, moves in zip(names, of_rank, strict=True):
+            assert name.startswith(("pp2", "tp2_pp2")) or moves.keys() == expected.keys()
+            for parameter, move in moves.items():
+                # The bias is of the size of 1, and float32 rounds it at 1e-7.
+                torch.testing.assert_close(move, expected[parameter], rtol=0, atol=1e-6, msg=f"{name} {parameter}")

@@ -1,5 +1,7 @@
 """Both fused heads over 1, 2 and 4 gloo ranks, with and without sequence parallelism, against float64."""
 
+import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,33 +16,32 @@ from megatron_rl.parallel.vocab_parallel_divergences import (
 )
 from tests.distributed.spawn import run_ranks
 from tests.unit.parallel.linear_heads import HEADS, Example, Watch, reference, token_losses
+from tests.unit.parallel.logits_losses import DIRECTIONS, LOGITS_LOSSES, logits_reference, run_logits_loss
 
 NUM_TOKENS, WIDTH, CHUNK = 12, 48, 5
 # Of 4 ranks with 12 rows each: all full; the last one short; the third short and the fourth all padding.
 VOCAB_SIZES = (48, 41, 30)
+COLLECTIVES = dict.fromkeys(DIRECTIONS, 3) | {"label_smoothing": 1, "top_k_distillation": 2, "filtered": 11}
+"""Of a loss of whole distributions, per chunk. The filter's two thresholds take four each."""
 
 
-def check(name: str, vocab_size: int, *, sequence_parallel: bool, num_tokens: int = NUM_TOKENS, **change: Any) -> Any:
+def check(name: str, example: Example, *, sequence_parallel: bool, temperature: float = 1.0) -> Any:
     """This rank's shard of an example; returns what all ranks must share bit for bit."""
-    dtype, temperature = change.get("dtype", torch.float32), change.get("temperature", 1.0)
-    world = dist.group.WORLD
-    assert world is not None
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    example = Example.draw(num_tokens, 16, WIDTH, vocab_size, dtype=dtype)
-    expected = reference(example, temperature)
-    columns = slice(rank * WIDTH // ranks, (rank + 1) * WIDTH // ranks)
-    tokens = slice(rank * num_tokens // ranks, (rank + 1) * num_tokens // ranks) if sequence_parallel else slice(None)
+    ranks, expected = dist.get_world_size(), reference(example, temperature)
+    tokens, columns = shard(example, sequence_parallel)
     hidden = example.hidden[tokens].clone().requires_grad_()
     weight = example.weight[columns].clone().requires_grad_()
-    main_grad = torch.ones_like(weight, dtype=torch.float32)
+    # As a further micro-batch finds it: float32, of the size of the gradient.
+    before = expected["weight"][columns].float()
+    main_grad = before.clone()
     with Watch() as watch:
         loss, log_probs, entropy = HEADS[name](
             hidden,
             weight,
             example.labels,
             token_losses,
-            group=world,
-            vocab_size=vocab_size,
+            group=dist.group.WORLD,
+            vocab_size=example.vocab_size,
             temperature=temperature,
             sequence_parallel=sequence_parallel,
             main_grad=main_grad,
@@ -51,20 +52,68 @@ def check(name: str, vocab_size: int, *, sequence_parallel: bool, num_tokens: in
         loss.backward()
     backward = watch.collectives[len(forward) :]
 
-    # float32: sums of tens of products of numbers of about 1. bfloat16 gradients are rounded on each rank, and summed.
-    rtol = 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-    atol = 2e-6 if dtype == torch.float32 else 2e-3
-    torch.testing.assert_close(log_probs.detach().double(), expected["log_probs"], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(entropy.detach().double(), expected["entropy"], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(loss.detach().double(), expected["loss"], atol=2e-6, rtol=1e-6)
+    for key, value in (("log_probs", log_probs), ("entropy", entropy), ("loss", loss)):
+        torch.testing.assert_close(value.detach().double(), expected[key], atol=1e-6, rtol=1e-6, equal_nan=True)
+    assert not (log_probs > 0).any()
+    assert (entropy >= 0).all()
+    assert (entropy <= torch.tensor(math.log(example.vocab_size))).all()
     assert hidden.grad is not None
-    torch.testing.assert_close(hidden.grad.double(), expected["hidden"][tokens], atol=atol, rtol=rtol)
-    torch.testing.assert_close(main_grad.double() - 1, expected["weight"][columns], atol=2e-6, rtol=2e-6)
-    if num_tokens > 0 and ranks > 1:
-        check_collectives(name, sequence_parallel, -(-num_tokens // CHUNK), forward, backward)
+    agree(hidden.grad, expected["hidden"], tokens, hidden_rounding(example, expected["logits"], ranks))
+    agree(main_grad, expected["weight"] + expected["weight"].float(), columns)
+    # A chunk's logits, the gathered statistics, what is given, or `token_losses`' 1,000 places: never all logits.
+    sizes = weight.numel(), expected["hidden"].numel(), CHUNK * len(weight), 4 * ranks * len(example.labels), 1000
+    assert watch.largest <= max(sizes)
+    if len(example.labels) > 0 and ranks > 1:
+        check_collectives(name, sequence_parallel, -(-len(example.labels) // CHUNK), forward, backward)
     if ranks == 1:
         assert forward == backward == []
-    return torch.cat([loss.detach()[None], log_probs.detach(), entropy.detach()])
+    return torch.cat([loss.detach()[None], log_probs.detach(), entropy.detach()]).nan_to_num()
+
+
+def check_logits_loss(name: str, example: Example, *, sequence_parallel: bool) -> Any:
+    """As `check`, of a loss of whole distributions."""
+    tokens, columns = shard(example, sequence_parallel)
+    place: Any = dict(group=dist.group.WORLD, sequence_parallel=sequence_parallel, chunk_tokens=CHUNK, temperature=0.7)
+    with Watch() as watch:
+        found = run_logits_loss(name, example, tokens=tokens, columns=columns, **place)
+    if dist.get_world_size() > 1:
+        gathers = ["_allgather_base"] * 2 if sequence_parallel else []  # the teacher's hidden states, and the student's
+        reduction = "_reduce_scatter_base" if sequence_parallel else "allreduce"
+        num_chunks = -(-len(example.labels) // CHUNK)
+        assert watch.collectives == [*gathers, *["allgather"] * num_chunks * COLLECTIVES[name], reduction]
+    expected = logits_reference(name, example, 0.7)
+    for key in ("loss", "value"):
+        torch.testing.assert_close(found[key].double(), expected[key].double(), atol=1e-6, rtol=1e-6)
+    agree(found["hidden"], expected["hidden"], tokens)
+    agree(found["weight"], expected["weight"], columns)
+    return torch.cat([found["loss"][None], found["value"].float()])
+
+
+def shard(example: Example, sequence_parallel: bool) -> tuple[slice, slice]:
+    """This rank's tokens and columns."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    parts = [slice(rank * n // ranks, (rank + 1) * n // ranks) for n in (len(example.labels), len(example.weight))]
+    return parts[0] if sequence_parallel else slice(None), parts[1]
+
+
+def agree(found: torch.Tensor, expected: torch.Tensor, part: slice, rounding: torch.Tensor | None = None) -> None:
+    """`found` is that part of a gradient, but for 1e-6 of the gradient's largest element, and `rounding` [T, H]. An
+    element is a sum of terms of both signs, each rounded to float32: its error goes by the terms' size, not its own."""
+    if expected.numel() > 0:
+        limit = 1e-6 * expected.abs().max()
+        limit = limit if rounding is None else limit + rounding[part]
+        assert ((found.double() - expected[part]).abs() <= limit).all()
+
+
+def hidden_rounding(example: Example, grad_logits: torch.Tensor, ranks: int) -> torch.Tensor | None:
+    """[T, H]: what rounding to bfloat16 may add to the hidden states' gradient. Each rank's part is rounded once, and
+    so is each of the ranks - 1 partial sums, which is at most the sum of the parts' sizes: half an eps, relative."""
+    if example.hidden.dtype == torch.float32:
+        return None
+    width = len(example.weight) // ranks
+    weights = example.weight[: example.vocab_size].double().split(width)
+    parts = [(g @ w).abs() for g, w in zip(grad_logits.split(width, 1), weights, strict=True)]
+    return torch.stack(parts).sum(0) * ranks * torch.finfo(torch.bfloat16).eps / 2 * (1 + 2.0**-7)
 
 
 def check_collectives(
@@ -83,13 +132,20 @@ def check_collectives(
 
 def check_all(rank: int) -> list[Any]:
     shared = []
-    for name in HEADS:
-        for sequence_parallel in (False, True):
-            for vocab_size in VOCAB_SIZES:
-                shared.append(check(name, vocab_size, sequence_parallel=sequence_parallel, temperature=0.7))
-            for change in ({"dtype": torch.bfloat16}, {"temperature": 0.3}, {"temperature": 3.0}):
-                shared.append(check(name, 41, sequence_parallel=sequence_parallel, **change))
-            shared.append(check(name, 41, sequence_parallel=sequence_parallel, num_tokens=0))
+    example = Example.draw(NUM_TOKENS, 16, WIDTH, 41)
+    smaller = Example.draw(NUM_TOKENS, 16, WIDTH, 30)
+    wide = Example.draw(8, 256, 4008, 4001, scale=4.0)
+    long = Example.draw(64, 8, 512, 500)
+    for sequence_parallel in (False, True):
+        for name in HEADS:
+            head = partial(check, name, sequence_parallel=sequence_parallel)
+            shared += [head(Example.draw(NUM_TOKENS, 16, WIDTH, v), temperature=0.7) for v in VOCAB_SIZES]
+            shared += [head(example, temperature=temperature) for temperature in (0.3, 3.0)]
+            shared += [head(Example.draw(NUM_TOKENS, 16, WIDTH, 41, dtype=torch.bfloat16))]
+            shared += [head(smaller.extreme(magnitude)) for magnitude in (1e4, -1e4)]
+            shared += [head(smaller.masked()), head(Example.draw(0, 16, WIDTH, 41)), head(wide), head(long)]
+        for name in LOGITS_LOSSES:
+            shared += [check_logits_loss(name, smaller, sequence_parallel=sequence_parallel)]
     return shared
 
 

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
+from megatron_rl.algorithms.aggregation import GlobalCounts
 from megatron_rl.algorithms.metrics import Metric
+from megatron_rl.config.schema import AlgorithmConfig, Dtype, KLConfig, ModelConfig, SupervisedConfig
 from megatron_rl.data.packing import PackedRow, pack
 from megatron_rl.data.samples import TrainingSequence
+from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.reference import Teacher, reference_logits
+from megatron_rl.trainer.objectives import SupervisedObjective
+from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
 from tests.checkpoints import make_checkpoint
 from tests.distributed.spawn import run_ranks
 
@@ -52,21 +59,40 @@ class Inherited(TokenByToken):
 
 
 OBJECTIVES = {"whole": Whole, "token_by_token": TokenByToken}
+SUPERVISED = "supervised"
+SMOOTHING, KL = 0.1, 0.5
+"""Of the third objective: label smoothing, and the exact KL from another checkpoint, per token."""
 
 
-def all_gradients(rank: int, checkpoints: dict[str, Path], layouts: tuple[str, ...]) -> dict[tuple[str, str], Any]:
+def supervised(policy: Any, teacher: Path, layout: str, row: PackedRow) -> Any:
+    """The objective of such a run."""
+    algorithm = AlgorithmConfig(
+        supervised=SupervisedConfig("label_smoothed", {"smoothing": SMOOTHING}), kl=KLConfig(coefficient=KL)
+    )
+    counts = GlobalCounts(num_tokens=float(row.loss_mask.sum()), num_sequences=3.0)
+    from tests.distributed.training_ranks import parallel_of
+
+    settings = ModelConfig(hf_path=str(teacher), params_dtype=Dtype.float32)
+    reference = Teacher(Policy(settings, policy.groups, parallel_of(layout), trained=False))
+    loss = resolve_supervised_loss(algorithm.supervised)
+    return SupervisedObjective(algorithm, counts, 1.0, loss, reference_logits(reference, policy, [row]))
+
+
+def all_gradients(
+    rank: int, checkpoints: dict[str, Path], teachers: dict[str, Path], layouts: tuple[str, ...]
+) -> dict[tuple[str, str], Any]:
     """`gradients_of` for each family and layout of this world's size, one after another."""
     from megatron.core import parallel_state
 
     found = {}
     for family, checkpoint in checkpoints.items():
         for layout in layouts:
-            found[family, layout] = gradients_of(checkpoint, layout, NAMES[family])
+            found[family, layout] = gradients_of(checkpoint, teachers[family], layout, NAMES[family])
             parallel_state.destroy_model_parallel()
     return found
 
 
-def gradients_of(checkpoint: Path, layout: str, parameter: str) -> dict[str, Any]:
+def gradients_of(checkpoint: Path, teacher: Path, layout: str, parameter: str) -> dict[str, Any]:
     """For each objective: loss, and this rank's rows of the gradient of the head's weight, after reduction."""
     from megatron_rl.engine import policy as policy_module
     from megatron_rl.engine.step import forward_backward
@@ -83,14 +109,17 @@ def gradients_of(checkpoint: Path, layout: str, parameter: str) -> dict[str, Any
         policy_module.DistributedDataParallelConfig = settings
     groups, found = policy.groups, {}
     row = pack(sequences(), range(3), pad_to_multiple=2)
-    for name, objective in OBJECTIVES.items():
+    objectives = {name: objective() for name, objective in OBJECTIVES.items()}
+    objectives[SUPERVISED] = supervised(policy, teacher, layout, row)
+    for name, objective in objectives.items():
         for chunk in policy.chunks:
             chunk.zero_grad_buffer()
-        metrics = forward_backward(policy, [row], objective(), temperature=0.8)
+        metrics = forward_backward(policy, [row], objective, temperature=0.8)
         weight = policy.parameters.get(parameter)
         assert weight is None or weight.grad is None  # only main_grad may hold it
         grad = None if weight is None else weight.main_grad.clone().numpy()
-        found[name] = (metrics["loss"].value if metrics else None, groups.tp.rank(), grad)
+        loss = metrics.get("loss", metrics.get("sft/loss")) if metrics else None
+        found[name] = (None if loss is None else loss.value, groups.tp.rank(), grad)
     if layout == "tp1":
         check_inherited(policy, row)
     return found
@@ -108,33 +137,40 @@ def check_inherited(policy: Any, row: PackedRow) -> None:
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-5)
 
 
-def expected_of(checkpoint: Path) -> tuple[float, np.ndarray]:
-    """Loss and gradient by transformers in float32, whole logits, sequence by sequence."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    total, place = torch.zeros(()), 0
+def expected_of(checkpoint: Path, teacher: Path) -> dict[str, tuple[float, np.ndarray]]:
+    """Loss and gradient of each objective by transformers in float32, whole logits, sequence by sequence."""
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (checkpoint, teacher)]
+    total, smoothed, place = torch.zeros(()), torch.zeros(()), 0
     for sequence in sequences():
         ids = torch.from_numpy(sequence.token_ids)[None]
-        log_softmax = (model(ids[:, :-1]).logits[0] / 0.8).log_softmax(1)
+        log_softmax, of_teacher = ((model(ids[:, :-1]).logits[0] / 0.8).log_softmax(1) for model in models)
         log_probs = log_softmax.gather(1, ids[0, 1:, None])[:, 0]
         entropy = -(log_softmax.exp() * log_softmax).sum(1)
         weights = torch.tensor([WEIGHTS[(place + i) % 2] for i in range(len(log_probs))])
         total, place = total + (weights * log_probs - 0.1 * entropy).sum(), place + len(log_probs)
-    total.backward()
-    weight = model.get_output_embeddings().weight
-    assert weight.grad is not None
-    return float(total.detach()), weight.grad.numpy()
+        kl = (log_softmax.exp() * (log_softmax - of_teacher.detach())).sum(1)
+        smoothed = smoothed + (-(1 - SMOOTHING) * log_probs - SMOOTHING * log_softmax.mean(1) + KL * kl).sum()
+    found = {}
+    for name, loss in {**dict.fromkeys(OBJECTIVES, total), SUPERVISED: smoothed / place}.items():
+        weight = models[0].get_output_embeddings().weight
+        weight.grad = None
+        loss.backward(retain_graph=True)
+        assert weight.grad is not None
+        found[name] = float(loss.detach()), weight.grad.numpy()
+    return found
 
 
 def test_gradients_are_those_of_transformers(tmp_path: Path) -> None:
     checkpoints = {family: make_checkpoint(tmp_path / family, family, seed=5) for family in NAMES}
-    expected = {family: expected_of(checkpoint) for family, checkpoint in checkpoints.items()}
+    teachers = {family: make_checkpoint(tmp_path / f"{family}_teacher", family, seed=6) for family in NAMES}
+    expected = {family: expected_of(checkpoints[family], teachers[family]) for family in NAMES}
     for num_ranks, layouts in ((1, ("tp1",)), (2, ("tp2_sp", "pp2", "cp2", "dp2"))):
-        results = run_ranks(all_gradients, num_ranks, checkpoints, layouts)
+        results = run_ranks(all_gradients, num_ranks, checkpoints, teachers, layouts)
         for case in results[0]:
             family, layout = case
-            for name in OBJECTIVES:
+            for name in expected[family]:
                 of_ranks = [of_rank[case][name] for of_rank in results]
-                check_gradients(of_ranks, *expected[family], replicas=2 if layout == "dp2" else 1)
+                check_gradients(of_ranks, *expected[family][name], replicas=2 if layout == "dp2" else 1)
 
 
 def check_gradients(of_ranks: list[Any], loss: float, expected: np.ndarray, *, replicas: int) -> None:

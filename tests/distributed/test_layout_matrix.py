@@ -5,6 +5,7 @@ One world per number of ranks visits many layouts in turn.
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,17 @@ from tests.distributed.spawn import run_ranks
 
 # 4 layers are what 4 pipeline stages need, or 2 of 2 chunks each. Small beside the family's own, for time.
 SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4)
-FAMILIES = {"qwen3": 0, "qwen3_untied": 0, "qwen3_moe": 4, "deepseek_v3": 8}
-"""Family -> number of experts."""
-# DeepSeek multiplies what its experts give by 2.5, and with it the roundings: on one rank 2.7e-5 was measured, of
-# float32 against float64.
-BOUNDS = {"deepseek_v3": 5e-5}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "qwen3_untied": {},
+    "qwen3_moe": {"experts": 4},
+    "deepseek_v3": {"experts": 8},
+    "gpt_oss": {"experts": 4, "whole_experts": True},
+}
+"""Family -> what `layouts` asks of its experts."""
+# What float32 gives: transformers' own gradients in float32 are off by up to 2.4e-5 from those in float64 for DeepSeek,
+# which multiplies what experts give by 2.5, and by 6.0e-5 for GPT-OSS.
+BOUNDS = {"deepseek_v3": 5e-5, "gpt_oss": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -66,25 +73,21 @@ def check(root: Path, family: str, num_ranks: int, cases: list[Case], timeout_s:
 )
 def test_some_of_everything(root: Path, family: str, num_ranks: int, every: int) -> None:
     """Each layout, or every so manieth, with another loss and size of micro-batches."""
-    check(root, family, num_ranks, some_cases(num_ranks, experts=FAMILIES[family])[::every], 300.0)
+    check(root, family, num_ranks, some_cases(num_ranks, **FAMILIES[family])[::every], 300.0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("num_ranks", "stages", "tensor"),
+    [(ranks, pp, tp) for ranks in (1, 2, 4) for pp in (1, 2, 4) for tp in (1, 2, 4) if ranks % (pp * tp) == 0],
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_everything(root: Path, family: str, num_ranks: int) -> None:
-    """Each layout with each loss and size of micro-batches."""
-    check(root, family, num_ranks, all_cases(num_ranks, experts=FAMILIES[family]), 3000.0)
-
-
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_the_gathering_dispatcher(root: Path, sequence_parallel: bool) -> None:
-    """Megatron's other way of sending tokens to experts, which gathers rows that are filled up to one length."""
-    layout = dict(expert_model_parallel_size=2)
-    if sequence_parallel:
-        layout |= dict(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=1)
-    gathering = (("transformer_config", {"moe_token_dispatcher_type": "allgather"}),)
-    check(root, "qwen3_moe", 2, [Case(layout, 24, "grpo", gathering), Case(layout, 4096, "sft", gathering)], 200.0)
+def test_everything(root: Path, family: str, num_ranks: int, stages: int, tensor: int) -> None:
+    """Each layout, way of sending tokens to experts, loss and size of micro-batches; in pieces, for a busy machine."""
+    piece = dict(pipeline_model_parallel_size=stages, tensor_model_parallel_size=tensor)
+    cases = [c for c in all_cases(num_ranks, **FAMILIES[family]) if c.layout.items() >= piece.items()]
+    assert cases
+    check(root, family, num_ranks, cases, 3000.0)
 
 
 def test_what_is_wrong_is_seen(root: Path) -> None:

@@ -1,14 +1,18 @@
 """What `plan` says of a rank's memory, against what training allocates there."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
 from megatron_rl.config.hf_checkpoint import read_json_object
-from megatron_rl.config.schema import Config, Dtype, OptimizerConfig, ParallelConfig
+from megatron_rl.config.schema import Config, Dtype, LayerSpec, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.data.packing import pack
+from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.initialize import initialize
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
@@ -86,3 +90,93 @@ def test_the_plan_is_what_is_allocated(tmp_path: Path) -> None:
         for case, (found, planned) in zip(CASES, of_rank, strict=True):
             assert found == pytest.approx(planned, rel=RELATIVE), case
             assert found["parameters"] == planned["parameters"]
+
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+ROW_TOKENS, NUM_ROWS = 512, 3
+KEPT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("qwen3", {}, {}),
+    ("qwen3", {}, FULL),
+    ("qwen3", {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}),
+    ("qwen3", {"pipeline_model_parallel_size": 2}, {}),
+    ("llama", {"context_parallel_size": 2}, {}),
+    ("nemotron", {}, {}),
+    ("qwen3_moe", {"expert_model_parallel_size": 2}, {}),
+]
+# The estimate is of the large tensors. Indices, sums of norms and probabilities of routing are left out, one for a
+# token or one for each expert beside hundreds of channels; and experts do not get equally many tokens.
+ACTIVATIONS_RELATIVE = 0.1
+
+
+class Kept:
+    """Bytes of the tensors that autograd keeps for the backward pass, each storage once; the parameters are not."""
+
+    def __init__(self, policy: Policy) -> None:
+        tensors = [x for model in policy.models for x in (*model.parameters(), *model.buffers())]
+        self._not_counted = {x.untyped_storage().data_ptr() for x in tensors}
+        self._times: dict[int, int] = {}
+        self._now = self.most = 0
+
+    def watch(self) -> AbstractContextManager[Any]:
+        counts = self
+
+        class Saved:
+            """Lives as long as the graph's node that saved the tensor."""
+
+            def __init__(self, tensor: torch.Tensor) -> None:
+                self.tensor, self.storage = tensor, tensor.untyped_storage()
+                counts.change(self.storage, 1)
+
+            def __del__(self) -> None:
+                counts.change(self.storage, -1)
+
+        return torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor)
+
+    def change(self, storage: Any, by: int) -> None:
+        place = storage.data_ptr()
+        if place in self._not_counted:
+            return
+        before = self._times.get(place, 0)
+        self._times[place] = before + by
+        if before == 0 or before + by == 0:
+            self._now += by * storage.nbytes()
+            self.most = max(self.most, self._now)
+
+
+def kept_and_planned(rank: int, root: Path) -> list[tuple[int, int]]:
+    """(most bytes kept, bytes planned) of this rank's activations, of each case."""
+    rng = np.random.default_rng(0)
+    lengths = (ROW_TOKENS // 2, ROW_TOKENS // 2)
+    sequences = [TrainingSequence(rng.integers(3, 250, n + 1), np.ones(n, dtype=np.float32)) for n in lengths]
+    results = []
+    for family, layout, model in KEPT:
+        config = Config(name="a", parallel=ParallelConfig(**layout))
+        config.model = ModelConfig(
+            hf_path=str(root / family), params_dtype=Dtype.float32, layer_spec=LayerSpec.portable, **model
+        )
+        config.train.micro_batch_tokens = ROW_TOKENS
+        groups = initialize(config.parallel, seed=1)
+        policy = Policy(config.model, groups, config.parallel)
+        rows = [pack(sequences, [0, 1], pad_to_multiple=1) for _ in range(NUM_ROWS)]
+        kept = Kept(policy)
+        with kept.watch():
+            forward_backward(policy, rows, lambda log_probs, entropy, row: (log_probs.sum(), {}))
+        placed = layout_of(config, 2)
+        sizes = model_sizes(
+            read_json_object(root / family / "config.json", "x"), tp=groups.tp.size(), etp=groups.etp.size()
+        )
+        tokens = NUM_ROWS * ROW_TOKENS * placed.data_parallel_size
+        stage = plan(config, sizes, placed, tokens_per_step=tokens).stages[groups.pp.rank()]
+        results.append((kept.most, stage.activations))
+        leave()
+    return results
+
+
+def test_the_planned_activations_are_what_is_kept(tmp_path: Path) -> None:
+    sizes = dict(hidden_size=256, intermediate_size=640, head_dim=48, num_hidden_layers=4)
+    for family in {family for family, _, _ in KEPT}:
+        experts = {"moe_intermediate_size": 128} if family == "qwen3_moe" else {}
+        make_checkpoint(tmp_path / family, family, seed=1, **sizes, **experts)
+    for of_rank in run_ranks(kept_and_planned, 2, tmp_path, timeout_s=300.0):
+        ratios = {str(case): planned / kept for case, (kept, planned) in zip(KEPT, of_rank, strict=True)}
+        assert all(abs(ratio - 1) <= ACTIVATIONS_RELATIVE for ratio in ratios.values()), ratios

@@ -36,6 +36,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "dp2": (2, {}),
     "cp2": (2, {"context_parallel_size": 2}),
+    "ep2": (2, {"expert_model_parallel_size": 2}),
+    "etp2": (2, {"expert_tensor_parallel_size": 2}),
+    "tp2_sp_etp1": (
+        2,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1},
+    ),
     "dp4": (4, {}),
     "tp2_dp2": (4, {"tensor_model_parallel_size": 2}),
     "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}),

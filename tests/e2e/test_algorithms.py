@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from tests.checkpoints import make_checkpoint
 from tests.e2e.runs import Run, repeatable
 
 PRESETS = Path(__file__).parents[2] / "configs" / "algorithms"
-ONLINE = ["a2c", "cispo", "dapo", "dr_grpo", "grpo", "gspo", "on_policy_distillation", "ppo", "reinforce"]
+ONLINE = ["a2c", "cispo", "dapo", "dr_grpo", "exact_distillation", "grpo", "gspo", "on_policy_distillation", "ppo"]
+ONLINE += ["ppo_shared", "reinforce"]
 ONLINE += ["reinforce_baseline", "reinforce_batch_norm", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "rloo"]
 OF_PAIRS = ["dpo", "ipo", "orpo", "simpo", "slic"]
 OF_SINGLE = ["kto"]
 REWARD_MODELS = ["process_reward_model", "reward_model", "reward_regression"]
+SUPERVISED = ["distillation", "focal", "label_smoothing"]
 PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": str(2 * i + 1)} for i in range(12)]
 SINGLE = [{"prompt": f"{i}+{i}=", "response": str(2 * i + i % 2), "label": i % 2 == 0} for i in range(12)]
 STEPS = [{"prompt": f"{i}+{i}=", "response": [str(i), "0"], "label": [True, False]} for i in range(12)]
@@ -46,15 +49,23 @@ def run_of(folder: Path, preset: str, recipe: str = "rl", **sections: dict[str, 
     return run
 
 
-def judged_run(folder: Path, preset: str, recipe: str, rows: list[dict[str, Any]]) -> Run:
+def with_teacher(preset: str, folder: Path) -> dict[str, Any]:
+    """Settings of a distillation: the teacher is another model of the same size."""
+    if "distillation" not in preset:
+        return {}
+    return {"kl": {"reference_path": str(make_checkpoint(folder / "teacher", "qwen3", seed=8))}}
+
+
+def judged_run(folder: Path, preset: str, recipe: str, rows: list[dict[str, Any]], **sections: dict[str, Any]) -> Run:
     data = {"train": "judged.jsonl", "eval": "judged.jsonl"}
-    run = run_of(folder, preset, recipe, data=data, train={"num_steps": 2, "global_batch_size": 4})
+    train = {"num_steps": 2, "global_batch_size": 4}
+    run = run_of(folder, preset, recipe, data=data, train=train, **sections)
     (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 
 
 def test_every_preset_is_tested() -> None:
-    assert sorted([*ONLINE, *OF_PAIRS, *OF_SINGLE, *REWARD_MODELS, "focal"]) == sorted(
+    assert sorted([*ONLINE, *OF_PAIRS, *OF_SINGLE, *REWARD_MODELS, *SUPERVISED]) == sorted(
         file.stem for file in PRESETS.iterdir()
     )
 
@@ -63,14 +74,15 @@ def test_every_preset_is_tested() -> None:
     "preset", [name if name == "ppo" else pytest.param(name, marks=pytest.mark.slow) for name in ONLINE]
 )
 def test_a_policy_gradient_algorithm_trains(preset: str, tmp_path: Path) -> None:
-    algorithm = {"kl": {"coefficient": 1.0, "reference_path": "model"}} if preset == "on_policy_distillation" else {}
-    run = run_of(tmp_path, preset, algorithm=algorithm).succeed()
+    run = run_of(tmp_path, preset, algorithm=with_teacher(preset, tmp_path)).succeed()
     last = run.rows[-1]
     assert last["step"] == 2
     assert math.isfinite(last["policy/loss"])
     assert last["optim/grad_norm"] > 0
-    assert ("value/loss" in last) == (preset in ("ppo", "a2c"))
+    assert ("value/loss" in last) == (preset in ("ppo", "ppo_shared", "a2c"))
     assert ("policy/kl_ref" in last) == ("  coefficient: 0.0\n" not in (PRESETS / f"{preset}.yaml").read_text())
+    if "distillation" in preset:
+        assert last["policy/kl_ref"] > 0.01  # another model than the student
     assert ("sampling/rounds" in last) == (preset == "dapo")
 
 
@@ -119,18 +131,24 @@ def test_a_reward_model_trains_and_then_drives_a_policy(
 
 
 @pytest.mark.slow
-def test_supervised_training_with_the_focal_loss(tmp_path: Path) -> None:
-    run = judged_run(tmp_path, "focal", "sft", [row | {"label": 1} for row in SINGLE]).succeed()
+@pytest.mark.parametrize("preset", SUPERVISED)
+def test_supervised_training(preset: str, tmp_path: Path) -> None:
+    algorithm = with_teacher(preset, tmp_path)
+    run = judged_run(tmp_path, preset, "sft", [row | {"label": 1} for row in SINGLE], algorithm=algorithm).succeed()
     assert 0 < run.rows[-1]["sft/loss"] < 10
     assert run.rows[-1]["optim/grad_norm"] > 0
+    if preset == "distillation":
+        assert run.rows[-1]["sft/loss"] == pytest.approx(run.rows[-1]["policy/kl_ref"], rel=1e-5)
+        assert run.rows[-1]["policy/kl_ref"] > 0.01
 
 
 @pytest.mark.slow
-def test_critic_adaptive_kl_and_moving_reference_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["ppo", "ppo_shared"])
+def test_critic_adaptive_kl_and_moving_reference_resume(preset: str, tmp_path: Path) -> None:
     """Set back to step 2 and made again, steps 3 and 4 are those of the first time, bit for bit."""
     kl = {"target": 0.01, "horizon": 24, "reference": "moving_average", "moving_average_decay": 0.5}
     train = {"num_steps": 4, "global_batch_size": 12}
-    run = run_of(tmp_path, "ppo", train=train, checkpoint={"save_interval": 2}, algorithm={"kl": kl}).succeed()
+    run = run_of(tmp_path, preset, train=train, checkpoint={"save_interval": 2}, algorithm={"kl": kl}).succeed()
     first, weights = repeatable(run.rows), run.exported_bytes
     assert len({row["policy/kl_coefficient"] for row in first if "policy/kl_coefficient" in row}) == 4
     shutil.rmtree(run.directory.checkpoints_dir / "iter_0000004")

@@ -104,6 +104,28 @@ def test_configuration(folder: Path, overrides: list[str], message: str) -> None
     assert error_line(run("train", "run.yaml", *overrides)).startswith(message)
 
 
+def test_a_model_that_its_family_does_not_build(folder: Path) -> None:
+    """Told from config.json, before torch is imported."""
+    file = folder / "model/config.json"
+    moe = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 5}
+    file.write_text(json.dumps(json.loads(file.read_text()) | moe | {"moe_intermediate_size": 48}))
+    message = "num_experts_per_tok: 5 in config.json of Qwen3MoeForCausalLM; allowed: an integer in [1, 4]"
+    assert error_line(run("train", "run.yaml")) == message
+    assert error_line(run("train", "run.yaml", environment=RANK)) == message  # before it waits for ranks 1 and 2
+
+
+def test_quantised_weights_are_for_conversion_and_fine_tuning(folder: Path) -> None:
+    file = folder / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}))
+    line = error_line(run("train", "run.yaml"))
+    assert line.startswith(
+        "model.hf_path: given 'model', whose weights are quantised (mxfp4), allowed: one that is not"
+    )
+    # Fine-tuning has no engine: there the first complaint is of the data, which have no responses.
+    line = error_line(run("train", "run.yaml", "recipe=sft", "train.global_batch_size=1"))
+    assert line.startswith("train.jsonl:1: no key 'response'")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_hardware_that_is_not_there(folder: Path) -> None:
     """Found by importing torch, and yet before a rank is started."""

@@ -1,9 +1,5 @@
 """Training on a GPU follows the run of a machine without one: bfloat16, FP8, each library's Adam."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +7,13 @@ import pytest
 
 from megatron_rl.config.schema import AdamImplementation, Dtype, Fp8Format, LayerSpec
 from tests.gpu.conftest import needs
-from tests.gpu.curve import curve
+from tests.gpu.curve import curve, curve_of_the_host
 
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> list[float]:
     """The curve of float32 on the host."""
-    command = [sys.executable, "-m", "tests.gpu.curve", str(checkpoint)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    losses = json.loads(ended.stdout.strip().splitlines()[-1])
-    assert losses[-1] < 0.8 * losses[0], "something was learned"
-    return losses
+    return curve_of_the_host(checkpoint)
 
 
 def test_float32_on_the_device_is_float32_on_the_host(checkpoint: Path, groups: Any, expected: list[float]) -> None:
@@ -38,7 +28,7 @@ def test_float32_on_the_device_is_float32_on_the_host(checkpoint: Path, groups: 
         (LayerSpec.portable, AdamImplementation.torch),
         pytest.param(LayerSpec.portable, AdamImplementation.apex, marks=needs("apex")),
         pytest.param(
-            LayerSpec.transformer_engine, AdamImplementation.transformer_engine, marks=needs("transformer_engine")
+            LayerSpec.transformer_engine, AdamImplementation.transformer_engine, marks=needs("transformer_engine_torch")
         ),
     ],
 )
@@ -50,7 +40,7 @@ def test_bfloat16_follows_float32(
     assert found == pytest.approx(expected, rel=0.03, abs=0.02)
 
 
-@needs("transformer_engine")
+@needs("transformer_engine_torch")
 @pytest.mark.parametrize("fp8_param", [False, True])
 def test_fp8_learns(fp8_param: bool, checkpoint: Path, groups: Any, expected: list[float]) -> None:
     adam = AdamImplementation.transformer_engine

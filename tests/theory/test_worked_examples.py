@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from megatron_rl.algorithms.advantages import RunningBaseline, group_relative_advantages
+from megatron_rl.algorithms.gae import generalized_advantages
 from megatron_rl.algorithms.importance import log_ratios
+from megatron_rl.algorithms.kl import kl_estimate
 from megatron_rl.algorithms.metrics import combine, masked_mean
 from megatron_rl.algorithms.policy_loss import ppo_clip_loss
 from megatron_rl.algorithms.preference_loss import dpo_loss
@@ -55,6 +57,29 @@ def test_eight_rewards_of_a_group() -> None:
     printed = [1.52, 1.09, 0.65, 0.22, -1.09, -1.52, -0.22, -0.65]
     # sqrt(0.0525) is 0.2291, printed as 0.23: 0.4 % of up to 1.53
     assert got.tolist() == pytest.approx(printed, abs=0.008)
+
+
+def test_the_kl_of_four_tokens() -> None:
+    policy, reference = torch.tensor([-1.2, -2.5, -0.8, -0.3]).double(), torch.tensor([-1.3, -2.0, -0.9, -1.5]).double()
+    assert kl_estimate(policy, reference, "k1").tolist() == pytest.approx([0.1, -0.5, 0.1, 1.2])
+    assert float(kl_estimate(policy, reference, "k1").sum()) == pytest.approx(0.9)
+    # k3 = exp(-d) - 1 + d. It is printed as [0.005, 0.132, 0.005, 0.515], 0.657 together: neither these values, nor
+    # those of the printed formula exp(d) - 1 - d, which is biased (`test_kl_sampling`).
+    k3 = kl_estimate(policy, reference, "k3")
+    assert k3.tolist() == pytest.approx([0.00484, 0.14872, 0.00484, 0.50119], abs=1e-5)
+    assert float(k3.sum()) == pytest.approx(0.65959, abs=1e-5)
+    difference = policy - reference
+    assert float((difference.exp() - 1 - difference).sum()) == pytest.approx(1.23699, abs=1e-5)
+
+
+def test_the_limits_of_gae() -> None:
+    # One completion of three tokens, reward 1 at its end, values 0.2, 0.5, 0.9, gamma 1: lambda 0 is the TD error,
+    # lambda 1 the return less the value.
+    rewards, values = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.2, 0.5, 0.9])
+    bounds = torch.tensor([0, 3], dtype=torch.int32)
+    for lam, expected in ((0.0, [0.3, 0.4, 0.1]), (1.0, [0.8, 0.5, 0.1])):
+        advantages, _ = generalized_advantages(rewards, values, torch.ones(3), bounds, gamma=1.0, lam=lam)
+        assert advantages.tolist() == pytest.approx(expected)
 
 
 def test_the_ratio_of_a_completion_is_the_product_of_its_tokens() -> None:

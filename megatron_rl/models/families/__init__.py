@@ -67,3 +67,18 @@ def family_of(hf: dict[str, Any]) -> Family:
             f"architecture '{architecture}' in config.json is not supported; allowed: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[architecture]
+
+
+def check_family(hf: dict[str, Any]) -> None:
+    """Check all of a config.json that its family reads. No tensor is made, and torch is not imported.
+
+    Raises:
+        UserError: the architecture, or an option of it, is not supported; a field is missing or cannot be.
+    """
+    family = family_of(hf)
+    try:
+        family.transformer_fields(hf)
+        family.gpt_fields(hf)
+        family.tensor_maps(hf)
+    except KeyError as error:
+        raise UserError(f"{error.args[0]} is missing in config.json of {family.ARCHITECTURE}") from error

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.models.rotary import rope_parameters
+from megatron_rl.models.rope_parameters import rope_parameters
 from megatron_rl.models.tensor_map import TensorMap, gate_up, qkv, replicated, split, vocabulary
 
 PartOfLayer = Callable[[dict[str, Any], int], list[TensorMap]]
@@ -37,8 +37,28 @@ def refuse(hf: dict[str, Any], **allowed: Any) -> None:
             raise UserError(f"{key}: {given} in config.json of {architecture} is not supported; allowed: {only}")
 
 
+def require(hf: dict[str, Any], key: str, low: int, high: int | None = None) -> int:
+    """A field that has to be an integer in [low, high].
+
+    Raises:
+        UserError: it is missing, or another value.
+    """
+    value = hf.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        allowed = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+        given = "missing" if value is None else value
+        raise UserError(f"{key}: {given} in config.json of {hf['architectures'][0]}; allowed: {allowed}")
+    return value
+
+
 def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig of a decoder with RMSNorm, grouped-query attention and a gated MLP."""
+    heads, groups = hf["num_attention_heads"], num_groups(hf)
+    if heads % groups:
+        raise UserError(
+            f"num_key_value_heads: {groups} in config.json of {hf['architectures'][0]}; allowed: a divisor of the "
+            f"{heads} attention heads"
+        )
     return dict(
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
@@ -71,7 +91,17 @@ def window_fields(hf: dict[str, Any], layer_types: list[str]) -> dict[str, Any]:
     Args:
         hf: config.json.
         layer_types: per layer, sliding_attention or full_attention.
+
+    Raises:
+        UserError: not one of these for each layer, or no window.
     """
+    allowed = ("sliding_attention", "full_attention")
+    if len(layer_types) != hf["num_hidden_layers"] or not set(layer_types) <= set(allowed):
+        raise UserError(
+            f"layer_types: {len(layer_types)} of {', '.join(sorted(set(layer_types)))} in config.json of "
+            f"{hf['architectures'][0]}; allowed: {' or '.join(allowed)} for each of {hf['num_hidden_layers']} layers"
+        )
+    require(hf, "sliding_window", 1)
     return dict(
         window_size=(hf["sliding_window"] - 1, 0),
         window_attn_skip_freq=[int(kind == "sliding_attention") for kind in layer_types],

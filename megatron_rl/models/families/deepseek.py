@@ -25,13 +25,11 @@ def transformer_fields(hf: dict[str, Any], *, grouped: bool, group_scores: int) 
         UserError: an option that core's router does not have.
     """
     decoder.refuse(hf, moe_layer_freq=1, mlp_bias=False, hidden_act="silu")
-    if grouped and hf["num_experts_per_tok"] // hf["topk_group"] != group_scores:
-        allowed = group_scores * hf["topk_group"]
-        raise UserError(
-            f"num_experts_per_tok: {hf['num_experts_per_tok']} in config.json of {hf['architectures'][0]} with "
-            f"topk_group {hf['topk_group']} is not supported; allowed: {allowed}, as Megatron chooses groups"
-        )
-    dense = hf.get("first_k_dense_replace", 0)
+    for key in ("moe_intermediate_size", "n_shared_experts", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"):
+        decoder.require(hf, key, 1)
+    if grouped:
+        _check_groups(hf, group_scores)
+    dense = decoder.require({"first_k_dense_replace": 0, **hf}, "first_k_dense_replace", 0, hf["num_hidden_layers"])
     routed = dict(
         moe_layer_freq=[int(layer >= dense) for layer in range(hf["num_hidden_layers"])],
         moe_shared_expert_intermediate_size=hf["moe_intermediate_size"] * hf["n_shared_experts"],
@@ -46,6 +44,22 @@ def transformer_fields(hf: dict[str, Any], *, grouped: bool, group_scores: int) 
         | experts.transformer_fields(hf, ffn=hf["moe_intermediate_size"])
         | routed
     )
+
+
+def _check_groups(hf: dict[str, Any], group_scores: int) -> None:
+    groups = decoder.require(hf, "n_group", 1, experts.num_experts(hf))
+    decoder.require(hf, "topk_group", 1, groups)
+    if experts.num_experts(hf) % groups:
+        raise UserError(
+            f"n_group: {groups} in config.json of {hf['architectures'][0]}; allowed: a divisor of the "
+            f"{experts.num_experts(hf)} experts"
+        )
+    if hf["num_experts_per_tok"] // hf["topk_group"] != group_scores:
+        allowed = group_scores * hf["topk_group"]
+        raise UserError(
+            f"num_experts_per_tok: {hf['num_experts_per_tok']} in config.json of {hf['architectures'][0]} with "
+            f"topk_group {hf['topk_group']} is not supported; allowed: {allowed}, as Megatron chooses groups"
+        )
 
 
 def tensor_maps(hf: dict[str, Any], *, expert_bias: bool) -> list[TensorMap]:

@@ -2,25 +2,39 @@
 
 from typing import Any
 
-from megatron_rl.models.families.decoder import gated, ours, theirs
+from megatron_rl.models.families.decoder import gated, ours, require, theirs
 from megatron_rl.models.tensor_map import TensorMap, of_expert, replicated
 
 GATED_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 def num_experts(hf: dict[str, Any]) -> int:
-    """Routed experts of a layer, whatever the family and the version of transformers call them."""
-    return int(next(hf[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if hf.get(key)))
+    """Routed experts of a layer, whatever the family and the version of transformers call them.
+
+    Raises:
+        UserError: no number of them.
+    """
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return require(hf, next((name for name in names if hf.get(name) is not None), names[0]), 1)
 
 
-def transformer_fields(hf: dict[str, Any], *, ffn: int) -> dict[str, Any]:
+def transformer_fields(hf: dict[str, Any], *, ffn: int, normalized: bool = False) -> dict[str, Any]:
     """TransformerConfig fields of experts of `ffn` channels, without auxiliary losses.
 
     A load-balancing loss is of pre-training: here the loss is the objective, and nothing is added to it unasked.
+
+    Args:
+        hf: config.json.
+        ffn: channels of an expert.
+        normalized: whether the softmax goes over the chosen experts alone. Of one it would be 1, whatever its score,
+            and the router would learn nothing: core refuses that.
+
+    Raises:
+        UserError: no experts, or a token sees too few of them, or more than there are.
     """
     return dict(
         num_moe_experts=num_experts(hf),
-        moe_router_topk=hf["num_experts_per_tok"],
+        moe_router_topk=require(hf, "num_experts_per_tok", 2 if normalized else 1, num_experts(hf)),
         moe_ffn_hidden_size=ffn,
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,

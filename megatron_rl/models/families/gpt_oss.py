@@ -18,13 +18,13 @@ gpt_fields = decoder.gpt_fields
 
 
 def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """TransformerConfig fields."""
-    decoder.refuse(hf, attention_bias=True, swiglu_alpha=1.702)
+    """TransformerConfig fields. Raises UserError for layers of another kind, and for another activation."""
+    decoder.refuse(hf, attention_bias=True, swiglu_alpha=1.702, hidden_act="silu")
     kinds = ("sliding_attention", "full_attention")
     layer_types = hf.get("layer_types") or [kinds[layer % 2] for layer in range(hf["num_hidden_layers"])]
     return (
         decoder.transformer_fields(hf)
-        | experts.transformer_fields(hf, ffn=hf["intermediate_size"])
+        | experts.transformer_fields(hf, ffn=hf["intermediate_size"], normalized=True)
         | decoder.window_fields(hf, layer_types)
         | dict(
             add_bias_linear=True,

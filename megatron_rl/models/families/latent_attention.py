@@ -10,7 +10,7 @@ from typing import Any
 from megatron_rl.config.errors import UserError
 from megatron_rl.models.families import decoder
 from megatron_rl.models.families.decoder import norm, ours, theirs
-from megatron_rl.models.rotary import rope_parameters, yarn_concentration
+from megatron_rl.models.rope_parameters import rope_parameters, yarn_concentration
 from megatron_rl.models.tensor_map import TensorMap, replicated, split
 
 

@@ -15,7 +15,7 @@ def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
     decoder.refuse(hf, hidden_act="silu")
     if hf.get("sliding_window"):
         decoder.refuse(hf, sliding_window="null")
-    return decoder.transformer_fields(hf) | experts.transformer_fields(hf, ffn=hf["intermediate_size"])
+    return decoder.transformer_fields(hf) | experts.transformer_fields(hf, ffn=hf["intermediate_size"], normalized=True)
 
 
 def _feed_forward(hf: dict[str, Any], layer: int) -> list[TensorMap]:

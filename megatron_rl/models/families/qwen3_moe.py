@@ -16,15 +16,21 @@ def _has_experts(hf: dict[str, Any], layer: int) -> bool:
 
 
 def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """TransformerConfig fields."""
+    """TransformerConfig fields. Raises UserError for the options that no Qwen3-MoE uses."""
     decoder.refuse(hf, use_sliding_window=False, attention_bias=False, hidden_act="silu")
+    decoder.require(hf, "moe_intermediate_size", 1)
+    normalized = bool(hf.get("norm_topk_prob", False))
     routed = dict(
         qk_layernorm=True,
         # The softmax of the chosen logits is the softmax of all, divided by the sum over the chosen.
-        moe_router_pre_softmax=not hf.get("norm_topk_prob", False),
+        moe_router_pre_softmax=not normalized,
         moe_layer_freq=[int(_has_experts(hf, layer)) for layer in range(hf["num_hidden_layers"])],
     )
-    return decoder.transformer_fields(hf) | experts.transformer_fields(hf, ffn=hf["moe_intermediate_size"]) | routed
+    return (
+        decoder.transformer_fields(hf)
+        | experts.transformer_fields(hf, ffn=hf["moe_intermediate_size"], normalized=normalized)
+        | routed
+    )
 
 
 def _feed_forward(hf: dict[str, Any], layer: int) -> list[TensorMap]:

@@ -7,6 +7,7 @@ from megatron_rl.algorithms.advantages import group_relative_advantages
 from megatron_rl.algorithms.gae import discounted_returns
 from megatron_rl.algorithms.reward_shaping import (
     kl_in_rewards,
+    on_scale,
     overlong_penalty,
     rewards_at_step_ends,
     rewards_spread_over_steps,
@@ -70,6 +71,17 @@ def test_group_relative_process_rewards() -> None:
     rewards = rewards_at_step_ends(scores, ends, torch.ones(4))
     got = discounted_returns(rewards, torch.ones(4), torch.tensor([0, 3, 4], dtype=torch.int32), gamma=1.0)
     assert got.tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_logits_on_other_scales() -> None:
+    # sigmoid(ln 3) = 3/4; the log-probabilities of two steps add up to that of both, ln(3/4 * 1/4).
+    logits = torch.tensor([3.0, 1 / 3]).log()
+    assert on_scale(logits, "score") is logits
+    assert on_scale(logits, "probability").tolist() == pytest.approx([0.75, 0.25])
+    assert on_scale(logits, "log_probability").sum().exp().item() == pytest.approx(3 / 16)
+    assert on_scale(torch.tensor([-1e4, 1e4]), "log_probability").tolist() == [-1e4, 0.0]
+    with pytest.raises(ValueError, match="unknown scale 'odds'"):
+        on_scale(logits, "odds")
 
 
 def test_kl_is_taken_off_each_token() -> None:

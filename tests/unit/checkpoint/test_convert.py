@@ -3,7 +3,10 @@
 import json
 import os
 import pickle
+import resource
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from megatron_rl.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_rl.checkpoint.folders import LATEST, iteration_folder, latest_step
 from megatron_rl.checkpoint.integrity import CheckpointError, check_files
 from megatron_rl.config.errors import UserError
-from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.checkpoints import FAMILIES, make_checkpoint, make_classifier
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -68,10 +71,23 @@ def test_config_json_says_the_dtype(tmp_path: Path, hf_path: Path, converted: Pa
     half = Path(shutil.copytree(hf_path, tmp_path / "half"))
     config = json.loads((half / "config.json").read_text())
     (half / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    (half / "model.safetensors").unlink()  # else each tensor is written in the dtype that it has there
     megatron_to_hf(checkpoint=converted, hf_path=half, output=tmp_path / "back")
     written = load_file(tmp_path / "back" / "model.safetensors")
     for name, tensor in load_file(hf_path / "model.safetensors").items():
+        assert written[name].dtype is torch.bfloat16
         assert torch.equal(written[name], tensor.to(torch.bfloat16)), name
+
+
+def test_what_is_finer_than_config_json_says_stays_so(tmp_path: Path, hf_path: Path) -> None:
+    mixed = Path(shutil.copytree(hf_path, tmp_path / "mixed"))
+    change(mixed / "config.json", dtype="bfloat16")
+    tensors = load_file(mixed / "model.safetensors")
+    halved = {name: x if "norm" in name else x.to(torch.bfloat16) for name, x in tensors.items()}  # norms in float32
+    save_file(halved, mixed / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(hf_path=mixed, output=tmp_path / "megatron")
+    megatron_to_hf(checkpoint=tmp_path / "megatron", hf_path=mixed, output=tmp_path / "back")
+    assert files(tmp_path / "back") == files(mixed)
 
 
 def test_what_exists_is_never_replaced(tmp_path: Path, hf_path: Path, converted: Path) -> None:
@@ -93,10 +109,25 @@ def change(file: Path, **fields: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
-def drop_norm(file: Path) -> None:
-    tensors = load_file(file)
-    del tensors["model.norm.weight"]
-    save_file(tensors, file)
+def with_norm(value: torch.Tensor | None, name: str = "model.norm.weight") -> Callable[[Path], None]:
+    """Replaces the last norm, or adds a tensor of another name; None: drops it."""
+
+    def damage(file: Path) -> None:
+        tensors = {**load_file(file), name: value}
+        save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, file)
+
+    return damage
+
+
+def corrupt_header(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[8] = ord("}")
+    file.write_bytes(content)
+
+
+def pickled(file: Path) -> None:
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +144,24 @@ def drop_norm(file: Path) -> None:
         ("config.json", lambda file: change(file, hidden_size=100), r"\(259, 96\), config\.json implies \(259, 100\)"),
         ("model.safetensors", Path.unlink, r"no weights in"),
         ("model.safetensors", truncate, r"model\.safetensors is truncated"),
-        ("model.safetensors", drop_norm, r"tensor 'model\.norm\.weight' is missing"),
+        ("model.safetensors", corrupt_header, r"model\.safetensors is no safetensors file: its header is malformed"),
+        ("model.safetensors", pickled, r"only pickled weights such as pytorch_model\.bin, never read"),
+        ("model.safetensors", with_norm(None), r"tensor 'model\.norm\.weight' is missing"),
+        (
+            "model.safetensors",
+            with_norm(torch.zeros(1), "model.extra"),
+            r"model\.safetensors: tensor 'model\.extra' is unknown to the model of config\.json",
+        ),
+        (
+            "model.safetensors",
+            with_norm(torch.zeros(95)),
+            r"model\.safetensors: tensor 'model\.norm\.weight' has shape \(95,\), config\.json implies \(96,\)",
+        ),
+        (
+            "model.safetensors",
+            with_norm(torch.zeros(96, dtype=torch.int32)),
+            r"model\.safetensors: tensor 'model\.norm\.weight' has dtype I32, allowed: F32, BF16, F16",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value and " " not in value else "",
 )
@@ -122,7 +170,7 @@ def test_a_damaged_hugging_face_checkpoint(tmp_path: Path, hf_path: Path, name: 
     damage(source / name)
     with pytest.raises(UserError, match=message):
         hf_to_megatron(hf_path=source, output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +226,59 @@ def test_a_model_of_another_shape(
     with pytest.raises(CheckpointError, match=message):
         megatron_to_hf(checkpoint=converted, hf_path=other, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 512 KiB, about half of the model that is written to it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_leaves_nothing_behind(small_disk: Path, hf_path: Path, converted: Path) -> None:
+    message = r"disk/out cannot be written: No space left on device; nothing was written"
+    with pytest.raises(CheckpointError, match=message):
+        hf_to_megatron(hf_path=hf_path, output=small_disk / "out")
+    assert list(small_disk.iterdir()) == []
+    with pytest.raises(CheckpointError, match=message):
+        megatron_to_hf(checkpoint=converted, hf_path=hf_path, output=small_disk / "out")
+    assert list(small_disk.iterdir()) == []
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for convert, source in (
+        (hf_to_megatron, {"hf_path": hf_path}),
+        (megatron_to_hf, {"checkpoint": converted, "hf_path": hf_path}),
+    ):
+        with pytest.raises(CheckpointError, match="disk/out cannot be written: Read-only file system"):
+            convert(**source, output=small_disk / "out")  # type: ignore[operator]
+
+
+def test_files_that_may_not_be_so_large(tmp_path: Path, hf_path: Path, converted: Path) -> None:
+    """As under `ulimit -f`."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="out cannot be written: File too large; nothing was written"):
+            megatron_to_hf(checkpoint=converted, hf_path=hf_path, output=tmp_path / "out")
+        with pytest.raises(CheckpointError, match="out cannot be written: File too large; nothing was written"):
+            hf_to_megatron(hf_path=hf_path, output=tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_classifier_there_and_back(tmp_path: Path, per_token: bool) -> None:
+    source = make_classifier(tmp_path / "hf", "qwen3", seed=1, per_token=per_token)
+    differences = [
+        hf_to_megatron(hf_path=source, output=tmp_path / "megatron", verify=True),
+        megatron_to_hf(checkpoint=tmp_path / "megatron", hf_path=source, output=tmp_path / "back", verify=True),
+    ]
+    assert all(difference is not None and difference < 1e-4 for difference in differences)  # as of log-probs
+    assert files(tmp_path / "back") == files(source)
 
 
 class Intruder:

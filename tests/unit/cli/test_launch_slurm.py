@@ -42,13 +42,21 @@ def test_a_dry_run_checks_all_and_shows_the_command(
     own = ["slurm.script=job.sbatch", "slurm.ntasks_per_node=1"]
     launch = ["launch", "slurm", "run.yaml", *own, "--time", "1:00:00", "--dry-run"]
     assert main([*launch, "--nodes", "2"]) == 0
-    shown = capsys.readouterr().out
+    shown, plan = capsys.readouterr()
+    assert plan == "2 tasks: 0-1 train (node 0-1)\n"
     assert "sbatch --job-name=run --nodes=2 --ntasks-per-node=1 --time=1:00:00 --signal=USR1@180" in shown
     assert shown.endswith(f"job.sbatch run.yaml {' '.join(own)}\n")
     assert not run.directory.path.exists()
     # Three nodes cannot hold ranks of tensor parallel 2.
     assert main([*launch, "--nodes", "3"]) == 2
     assert "parallel: given tensor_model_parallel_size 2" in capsys.readouterr().err
+    # One trains there, the others are an engine of two.
+    apart = ["rollout.placement=disaggregated", "rollout.tensor_model_parallel_size=2"]
+    alone = ["parallel.tensor_model_parallel_size=1", "slurm.ntasks_per_node=2"]
+    assert main([*launch, *apart, *alone, "--nodes", "2", "parallel.data_parallel_size=2"]) == 0
+    assert capsys.readouterr().err == "4 tasks: 0-1 train (node 0); 2-3 engine 0 (node 1)\n"
+    assert main([*launch, *apart, *alone[:1], "--nodes", "3"]) == 2
+    assert "tasks 1 to 2, engine 0, on two nodes" in capsys.readouterr().err
     missing = ["slurm.script=none.sbatch", "slurm.ntasks_per_node=1"]
     assert main(["launch", "slurm", "run.yaml", *missing, "--nodes", "2", "--dry-run"]) == 2
     assert "slurm.script: given 'none.sbatch', allowed: an existing file" in capsys.readouterr().err

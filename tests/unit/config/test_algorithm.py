@@ -30,6 +30,14 @@ def configured(folder: Path, keys: Sequence[str]) -> Config:
         ("algorithm.correction.low=3",),  # metrics only
         ("algorithm.kl.target=0.1", "algorithm.kl.horizon=128"),  # 16 x 8 samples
         ("rewards.overlong.buffer_tokens=256",),
+        ("algorithm.critic.shared=true", "algorithm.critic.optimizer.lr=1e-3"),
+        ("algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=exact"),
+        (
+            "recipe=sft",
+            "algorithm.kl.coefficient=1",
+            "algorithm.kl.estimator=exact",
+            "algorithm.supervised.coefficient=0",
+        ),
     ],
 )
 def test_what_is_sound_passes(keys: Sequence[str], tmp_path: Path) -> None:
@@ -67,6 +75,47 @@ def test_what_is_sound_passes(keys: Sequence[str], tmp_path: Path) -> None:
         (
             ("rewards.overlong.buffer_tokens=257",),
             "rewards.overlong.buffer_tokens: given 257, allowed: at most 256, rollout.sampling.max_response_tokens",
+        ),
+        (
+            ("algorithm.critic.shared=true", "algorithm.critic.warmup_steps=2"),
+            "algorithm.critic.warmup_steps: given 2, allowed: 0 with algorithm.critic.shared",
+        ),
+        (
+            ("algorithm.critic.shared=true", "algorithm.critic.hf_path=x"),
+            "algorithm.critic.hf_path: given 'x', allowed: null with algorithm.critic.shared",
+        ),
+        (
+            ("algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=exact", "algorithm.kl.place=reward"),
+            "algorithm.kl.place: given 'reward', allowed: loss with algorithm.kl.estimator=exact",
+        ),
+        (
+            ("algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=exact", "algorithm.kl.weighted=true"),
+            "algorithm.kl.weighted: given True, allowed: false with algorithm.kl.estimator=exact: no samples",
+        ),
+        (
+            ("algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=exact", "algorithm.policy_loss.name=gspo"),
+            "algorithm.policy_loss.name: given 'gspo', allowed: a built-in loss of tokens with "
+            "algorithm.kl.estimator=exact",
+        ),
+        (
+            ("algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=exact", "algorithm.critic.shared=true"),
+            "algorithm.critic.shared: given True, allowed: false with algorithm.kl.estimator=exact",
+        ),
+        (
+            ("recipe=sft", "algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=exact", "algorithm.kl.place=reward"),
+            "algorithm.kl.place: given 'reward', allowed: loss with algorithm.kl.estimator=exact",
+        ),
+        (
+            ("recipe=sft", "algorithm.kl.coefficient=0.1"),
+            "algorithm.kl.estimator: given 'k3', allowed: exact with recipe sft and a coefficient",
+        ),
+        (
+            ("recipe=sft", "algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=exact", "algorithm.kl.target=1"),
+            "algorithm.kl.target: given 1.0, allowed: null with recipe sft",
+        ),
+        (
+            ("recipe=sft", "algorithm.supervised.coefficient=0"),
+            "algorithm.supervised.coefficient: given 0.0, allowed: more than 0 with algorithm.kl.coefficient 0",
         ),
     ],
 )

@@ -101,8 +101,8 @@ QAT = {"model__quantization": QuantizedFormat.fp8, "rollout__quantization": Quan
         ({"model__quantization": QuantizedFormat.fp8}, "rollout.quantization: given null, allowed: fp8, as model"),
         ({**QAT, "rollout__quantization": QuantizedFormat.int8}, "rollout.quantization: given int8, allowed: fp8"),
         (
-            {**QAT, "parallel__tensor_model_parallel_size": 2},
-            "parallel.tensor_model_parallel_size: given 2",
+            {"model__batch_invariant_mode": True, "parallel__context_parallel_size": 2},
+            "parallel.context_parallel_size: given 2, allowed: 1 with model.batch_invariant_mode",
         ),
         ({**QAT, "rollout__tensor_model_parallel_size": 2}, "rollout.tensor_model_parallel_size: given 2"),
         (
@@ -124,6 +124,7 @@ def test_refusals_say_why(given: dict[str, Any], message: str) -> None:
         FP8,
         QAT,
         {**QAT, "sync__verify": SyncVerify.full},
+        {**QAT, "parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2},
         {"rollout__quantization": QuantizedFormat.int8},
         {"model__quantization": QuantizedFormat.int8, "recipe": Recipe.sft},
     ],

@@ -171,7 +171,23 @@ def test_what_is_sound_passes(empty: Path, keys: Sequence[str], world_size: int 
         ),
         (
             ["parallel.expert_tensor_parallel_size=2", "parallel.data_parallel_size=2"],
-            "parallel.expert_tensor_parallel_size: given 2, allowed: 1 (tensor_model_parallel_size) with expert_model",
+            "parallel.expert_tensor_parallel_size: given 2, allowed: 1 for a model without experts",
+        ),
+        (
+            ["rollout.record_routes=true"],
+            "rollout.record_routes: given True, allowed: false without model.moe_routing_replay",
+        ),
+        (
+            ["rollout.record_routes=true", "model.moe_routing_replay=true", "rollout.enforce_eager=false"],
+            "rollout.record_routes: given True, allowed: false without rollout.enforce_eager",
+        ),
+        (
+            ["model.transformer_config.moe_router_load_balancing_type=seq_aux_loss"],
+            "model.transformer_config.moe_router_load_balancing_type: given 'seq_aux_loss', allowed: none, aux_loss",
+        ),
+        (
+            ["model.transformer_config.moe_aux_loss_coeff=0.1"],
+            "model.transformer_config.moe_aux_loss_coeff: given 0.1, allowed: 0 without moe_router_load_balancing",
         ),
         (
             ["parallel.expert_model_parallel_size=2", "parallel.data_parallel_size=2"],
@@ -230,6 +246,21 @@ def test_experts_are_divided(empty: Path) -> None:
         check_model(load_config(empty, [*SFT, *four]), shape, generates=False)
     with pytest.raises(ConfigError, match="sequence_parallel: given False, allowed: true for a model with experts"):
         check_model(load_config(empty, [*SFT, "parallel.tensor_model_parallel_size=2"]), shape, generates=False)
+
+
+def test_an_expert_is_divided(empty: Path) -> None:
+    shape = ModelShape(**{**SHAPE.__dict__, "num_experts": 4, "expert_intermediate_size": 45})
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    with pytest.raises(
+        ConfigError, match="expert_tensor_parallel_size: given 2, allowed: a divisor of the 45 channels"
+    ):
+        check_model(load_config(empty, [*SFT, *layout]), shape, generates=False)
+    spread = [*layout, "parallel.expert_model_parallel_size=2", "parallel.expert_tensor_parallel_size=1"]
+    check_model(load_config(empty, [*SFT, *spread]), shape, generates=False)
+    biased = ModelShape(**{**shape.__dict__, "expert_intermediate_size": 48, "architecture": "GptOssForCausalLM"})
+    with pytest.raises(ConfigError, match="size: given 2, allowed: 1 for GptOssForCausalLM, whose experts have biases"):
+        check_model(load_config(empty, [*SFT, *layout]), biased, generates=False)
+    check_model(load_config(empty, [*SFT, *spread]), biased, generates=False)
 
 
 def test_the_mlp_is_divided_too(empty: Path) -> None:

@@ -9,7 +9,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.models.rotary import inverse_frequencies, rope_parameters
+from megatron_rl.models.rope_parameters import rope_parameters
+from megatron_rl.models.rotary import inverse_frequencies
 
 LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
 LLAMA3 = {
@@ -77,6 +78,17 @@ def test_parameters_wherever_config_json_has_them(hf, expected):
     assert rope_parameters(hf) == expected
 
 
-def test_another_kind_is_refused():
-    with pytest.raises(UserError, match=r"rope_type 'yarn' in config\.json is not supported; allowed: default, linear"):
-        inverse_frequencies(4, {"rope_type": "yarn", "rope_theta": 10000.0})
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (
+            {"rope_type": "dynamic"},
+            r"rope_type 'dynamic' in config\.json is not supported; allowed: default, linear, llama3",
+        ),
+        ({"rope_type": "linear"}, r"factor of the rope_type linear in config\.json: given None, allowed: a number"),
+        ({**LLAMA3, "low_freq_factor": "1"}, r"low_freq_factor of the rope_type llama3 .* given 1, allowed: a number"),
+    ],
+)
+def test_another_kind_and_a_missing_parameter_are_refused(rope, message):
+    with pytest.raises(UserError, match=message):
+        rope_parameters({"rope_parameters": rope})

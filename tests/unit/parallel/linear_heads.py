@@ -12,7 +12,7 @@ from megatron_rl.parallel.fused_linear_log_probs import fused_linear_log_probs
 from megatron_rl.parallel.fused_linear_token_loss import fused_linear_token_loss
 
 
-@dataclass
+@dataclass(eq=False)
 class Example:
     """T tokens, H features, a padded vocabulary of V."""
 
@@ -39,31 +39,52 @@ class Example:
         labels[:2] = torch.tensor([0, vocab_size - 1])[:num_tokens]
         return Example(hidden.to(dtype), weight.to(dtype), labels, vocab_size)
 
+    def extreme(self, magnitude: float) -> "Example":
+        """With logits of that size: integers, which float32 holds exactly, and a weight that picks them. In some rows
+        they lie twice the magnitude apart."""
+        hidden = (2 * self.hidden).round() + magnitude
+        hidden[::4, ::3] = -magnitude
+        features = hidden.shape[1]
+        return Example(
+            hidden, torch.eye(features)[torch.arange(len(self.weight)) % features], self.labels, self.vocab_size
+        )
+
+    def masked(self) -> "Example":
+        """Without labels where `token_losses` has weight 0."""
+        places = torch.arange(len(self.labels))
+        return Example(self.hidden, self.weight, torch.where(places % 5 == 3, -100, self.labels), self.vocab_size)
+
 
 def token_losses(log_probs: Tensor, entropy: Tensor, tokens: Any) -> Tensor:
     """A loss that is not linear in either, with weights of both signs that depend on the token's place, some 0."""
     place = torch.arange(1000)[tokens][: len(log_probs)].to(log_probs.device)
     weights = torch.where(place % 5 == 3, 0.0, (place % 4 - 1.2) / 10).to(log_probs.dtype)
-    return torch.where(weights != 0, weights * (log_probs + 0.1 * log_probs**2 - 0.3 * entropy), 0.0)
+    log_probs, entropy = (torch.where(weights != 0, x, 0.0) for x in (log_probs, entropy))
+    return weights * (log_probs + 0.1 * log_probs**2 - 0.3 * entropy)
 
 
 def reference(example: Example, temperature: float = 1.0, losses: Any = token_losses) -> dict[str, Tensor]:
     """Everything in float64 from log_softmax of the whole matrix of logits."""
     hidden = example.hidden.detach().double().requires_grad_()
     weight = example.weight.detach().double().requires_grad_()
-    log_softmax = (hidden @ weight[: example.vocab_size].t() / temperature).log_softmax(1)
-    log_probs = log_softmax.gather(1, example.labels[:, None])[:, 0]
+    logits = hidden @ weight[: example.vocab_size].t()
+    logits.retain_grad()
+    log_softmax = (logits / temperature).log_softmax(1)
+    log_probs = log_softmax.gather(1, example.labels.clamp(min=0)[:, None])[:, 0]
+    log_probs = torch.where(example.labels >= 0, log_probs, torch.nan)
     entropy = -(log_softmax.exp() * log_softmax).sum(1)
     loss = losses(log_probs, entropy, slice(None)).sum()
     loss.backward()
     assert hidden.grad is not None
     assert weight.grad is not None
+    assert logits.grad is not None
     return dict(
         loss=loss.detach(),
         log_probs=log_probs.detach(),
         entropy=entropy.detach(),
         hidden=hidden.grad,
         weight=weight.grad,
+        logits=logits.grad,
     )
 
 

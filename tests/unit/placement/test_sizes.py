@@ -71,6 +71,23 @@ def test_published_sizes(name: str, billions: int, active: int) -> None:
     assert abs(of_token / 1e9 - active) < 1.0
 
 
+@pytest.mark.parametrize(
+    ("name", "length", "tokens_per_second", "tflops"),
+    [
+        ("llama3_8b", 8192, 14451, 744),
+        ("llama3_70b", 8192, 1602, 719),
+        ("llama3_405b", 8192, 292, 737),
+        ("qwen3_30b_a3b", 4096, 28934, 666),
+        ("qwen3_235b_a22b", 4096, 5350, 792),
+    ],
+)
+def test_published_operations(name: str, length: int, tokens_per_second: float, tflops: float) -> None:
+    """Tokens and operations per second of a GPU, published side by side: NVIDIA Megatron-Bridge, performance summary,
+    container 25.11. Tokens are rounded to 1 in 292, operations to 1 in 666."""
+    flops = model_sizes(published(name)).training_flops([length]) / length
+    assert flops * tokens_per_second / 1e12 == pytest.approx(tflops, rel=5e-3)
+
+
 def config_of(**parallel: Any) -> Config:
     config = Config(name="a")
     for name, value in parallel.items():
@@ -121,6 +138,31 @@ def test_what_does_not_fit_is_refused_with_the_remedy() -> None:
     config.rollout.gpu_memory_utilization = 0.02
     with pytest.raises(ConfigError, match=r"rollout\.tensor_model_parallel_size: .* remedy: a larger rollout"):
         check_memory(needed, config, gpu_gigabytes=2000)
+
+
+def test_activations_are_korthikantis() -> None:
+    """34 s b h / t bytes of a layer without its scores (arXiv:2205.05198, section 4.2.2), of which 2 s b h are masks of
+    dropout, that here is none; of a model as theirs is: as many key-value heads, an MLP of 4 h channels, no gate."""
+    hf = {
+        "architectures": ["NemotronForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 8,
+        "hidden_act": "relu2",
+        "vocab_size": 16,
+        "max_position_embeddings": 64,
+        "norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "tie_word_embeddings": False,
+    }
+    config = config_of(tensor_model_parallel_size=4, sequence_parallel=True)
+    config.train.micro_batch_tokens = 100
+    (stage,) = plan(config, model_sizes(hf, tp=4), Layout(4, 1, 1), tokens_per_step=100).stages
+    of_head = 2 * 100 * 64 // 4
+    assert stage.activations - of_head == 32 * 100 * 64 // 4
 
 
 def test_mfu() -> None:

@@ -111,6 +111,14 @@ def test_gae_gives_the_critic_its_returns(world: Any) -> None:
     assert of_tokens == {0: [0.5], 1: [0.0, -0.5], 2: [0.0, 2.5]}
 
 
+def test_a_critic_beside_a_groups_advantages_gets_returns_too(world: Any) -> None:
+    config = AdvantageConfig(estimator="group_relative", normalize_by_std=False, gamma=0.5)
+    with_values, _, rows = advantages_of(SAMPLES, config, world, values=torch.full((16,), 0.5))
+    assert with_values == advantages_of(SAMPLES, config, world)[0]
+    # As of `monte_carlo`: a reward of 3 at the last of two tokens is 1.5 at the first.
+    assert rows[0].per_token["returns"].tolist()[:6] == [0, 0, 0, 0, 1.5, 3]
+
+
 def test_whitening_is_over_all_tokens_of_the_batch(world: Any) -> None:
     config = AdvantageConfig(estimator="reward", whiten=Whitening.full, std_epsilon=0.0)
     # Tokens 1, 0, 0, 3, 3: mean 7/5, variance 19/5 - 49/25 = 46/25.

@@ -14,14 +14,18 @@ from megatron_rl.config.schema import (
     CorrectionLevel,
     CorrectionMethod,
     CriticConfig,
+    Divergence,
     KLConfig,
     KLEstimator,
     KLPlace,
     PolicyLossConfig,
+    SupervisedConfig,
 )
 from megatron_rl.data.packing import PackedRow
+from megatron_rl.parallel.fused_linear_logits_loss import OfLogits
 from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective, ValueObjective
 from megatron_rl.trainer.policy_losses import resolve_policy_loss
+from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
 
 # One sequence: a prompt token that is not trained on, whose values are nan on purpose, and two response tokens.
 MASK = [0.0, 1.0, 1.0]
@@ -164,6 +168,60 @@ def test_supervised_loss_is_the_mean_negative_log_likelihood() -> None:
     assert float(loss) == metrics["sft/loss"].result() == 1.5
     assert gradient(log_probs) == [0.0, -0.5, -0.5]
     assert metrics["policy/entropy"].result() == 1.5
+
+
+def test_smoothed_and_held_to_a_reference() -> None:
+    """Tokens: -(0.8 lp + 0.2 mean) = 1.2 and 2.4; weight 0.5, and 0.25 times divergences of 2 and 4."""
+    settings = SupervisedConfig(loss="label_smoothed", coefficient=0.5, args={"smoothing": 0.2})
+    kl = KLConfig(coefficient=0.25, estimator=KLEstimator.exact, direction=Divergence.forward)
+    algorithm = AlgorithmConfig(supervised=settings, kl=kl)
+    packed = row(mean_log_probs=[NAN, -2.0, -4.0], divergence=[NAN, 2.0, 4.0])
+    further = {name: packed.per_token[name].requires_grad_() for name in ("mean_log_probs", "divergence")}
+    log_probs = torch.tensor([NAN, -1.0, -2.0], requires_grad=True)
+    objective = SupervisedObjective(algorithm, COUNTS, 4.0, resolve_supervised_loss(settings))
+    assert isinstance(objective.token_losses(packed), OfLogits)
+    loss, metrics = objective(log_probs, torch.tensor([NAN, 1.0, 2.0]), packed)
+    loss.backward()
+    assert float(loss) == pytest.approx(0.5 * 1.8 + 0.25 * 3)
+    assert metrics["sft/loss"].result() == float(loss)
+    assert metrics["policy/kl_ref"].result() == 3.0
+    assert gradient(log_probs) == pytest.approx([0, -0.2, -0.2])
+    assert gradient(further["mean_log_probs"]) == pytest.approx([0, -0.05, -0.05])
+    assert gradient(further["divergence"]) == [0, 0.125, 0.125]
+
+
+def test_a_part_of_the_supervised_loss_token_by_token() -> None:
+    settings = SupervisedConfig(coefficient=0.5)
+    objective = SupervisedObjective(AlgorithmConfig(supervised=settings), COUNTS, 4.0)
+    losses = objective.token_losses(row())
+    assert callable(losses)
+    found = losses(torch.tensor([NAN, -1.0, -2.0]), torch.zeros(3), slice(None))
+    assert found.tolist() == [0, 0.25, 0.5]
+
+
+def test_an_exact_kl_is_taken_as_it_is() -> None:
+    algorithm = AlgorithmConfig(kl=KLConfig(coefficient=0.5, estimator=KLEstimator.exact))
+    packed = row(ref_log_probs=[NAN, -9.0, -9.0], advantages=[0.0, 0.0, 0.0], divergence=[NAN, 1.0, 2.0])
+    divergence = packed.per_token["divergence"].requires_grad_()
+    loss, by_log_probs, _, metrics = evaluate(algorithm, packed, log_probs=[NAN, -1.0, -2.0])
+    assert loss == 0.75  # 0.5 (1 + 2) / 2
+    assert by_log_probs == [0, 0, 0]
+    assert gradient(divergence) == [0, 0.25, 0.25]
+    assert metrics["policy/kl_ref"].result() == 1.5
+
+
+def test_the_value_loss_of_a_shared_critic_is_a_term_of_the_policys() -> None:
+    algorithm = AlgorithmConfig(critic=CriticConfig(shared=True, coefficient=0.5, clip=1.0))
+    packed = row(
+        advantages=[0.0, 0.0, 0.0], returns=[NAN, 3.0, 0.0], values=[NAN, 0.0, 0.0], new_values=[NAN, 2.0, 0.5]
+    )
+    values = packed.per_token["new_values"].requires_grad_()
+    loss, _, _, metrics = evaluate(algorithm, packed, log_probs=[NAN, -1.0, -2.0])
+    # 2 has moved to its return by more than 1 from 0: max(1, (1 - 3)^2) / 2 = 2, without gradient. 0.5: 0.125, and 0.5.
+    assert metrics["value/loss"].result() == (2 + 0.125) / 2
+    assert metrics["policy/loss_value"].result() == loss == 0.5 * (2 + 0.125) / 2
+    assert metrics["value/clip_fraction"].result() == 0.5
+    assert gradient(values) == [0, 0, 0.125]
 
 
 def corrected(method: CorrectionMethod, level: CorrectionLevel = CorrectionLevel.token) -> AlgorithmConfig:

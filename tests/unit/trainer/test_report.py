@@ -1,3 +1,4 @@
+import json
 import math
 import re
 import time
@@ -65,6 +66,20 @@ def test_the_page_is_well_formed_and_loads_nothing(rl_page):
     assert "url(" not in rl_page
     assert "@import" not in rl_page
     assert not re.search(r"https?://", rl_page)
+
+
+def test_what_the_convergence_monitor_says_is_shown(tmp_path):
+    run = make_rl_run(tmp_path, 10)
+    with run.metrics_file.open("a") as file:
+        for step in range(1, 11):
+            monitored = {"loss_variance": 1e-5, "policy_change": 1e-4, "converged": float(step == 10)}
+            row = {"step": step} | {f"convergence/{name}": value for name, value in monitored.items()}
+            file.write(json.dumps(row | {"policy/loss_policy": 0.1, "policy/loss_value": 0.2}) + "\n")
+    page = write_report(run.path).read_text()
+    assert "Convergence" in Outline(page).texts["h2"]
+    shown = titles(page)
+    for title in ("Variance of the policy loss", "Policy change", "Converged"):
+        assert any(one.startswith(title) for one in shown), shown
 
 
 def test_the_headline_is_the_first_and_the_last_evaluation(tmp_path):
