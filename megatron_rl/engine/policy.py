@@ -104,6 +104,8 @@ class Policy:
 
     def _transformer_config(self, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
         chosen = self.choices.transformer_fields(self.hf) | dict(
+            # Drawn by core, weights that are about to be read would cost the memory of whole float32 tensors.
+            perform_initialization=not model.load_weights,
             sequence_parallel=parallel.sequence_parallel,
             num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
             num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,

@@ -48,7 +48,8 @@ def filtered_log_probs(
         chunk_tokens: tokens that are computed at once, in several buffers of [chunk_tokens, V/tp].
 
     Returns:
-        [T] float32, nats, <= 0; differentiable once. Collectives forward, per chunk: 2, and 4 per active filter.
+        [T] float32, nats, <= 0; differentiable once. Collectives forward, per chunk: 2, and 4 more for
+        top_k, 5 more for top_p; backward none.
 
     Raises:
         ValueError: shapes, sizes or filters out of range.

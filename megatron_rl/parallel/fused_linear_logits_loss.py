@@ -54,7 +54,8 @@ LogitsLosses = Callable[[ShardedLogits], tuple[Tensor, dict[str, Tensor]]]
 names are the same for all tokens; the losses are the same on all ranks."""
 
 _BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
-"""Logits of a chunk, all columns: 8 MiB on a CPU, 512 MiB on CUDA. A divergence takes about ten times that."""
+"""Logits of a chunk, all columns: 8 MiB on a CPU, 512 MiB on CUDA. On a CPU label smoothing took up
+to 5 times that, a divergence 7 times, filtered log-probs 24 times."""
 
 
 def fused_linear_logits_loss(

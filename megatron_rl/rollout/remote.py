@@ -110,12 +110,12 @@ class RemoteEngine:
         workers = self._ask_workers("receive_orders", request, _CONTROL_SECONDS)
         return {worker["rank"]: Door(address.host, worker["port"], address.token) for worker in workers}
 
-    def load(self, name: str, folder: Path | None, *, version: int, verify: str, timeout_seconds: float) -> None:
+    def load(self, name: str, way: dict[str, Any], *, version: int, verify: str, timeout_seconds: float) -> None:
         """Load one version that the trained ranks send, and resume.
 
         Args:
             name: of the round, used once.
-            folder: through which they send; None: to the ranks' doors.
+            way: that the messages take, for the workers; see `trainer/ways.py`.
             version: of the weights.
             verify: see `SyncConfig`.
             timeout_seconds: limit of each wait of the ranks.
@@ -126,7 +126,7 @@ class RemoteEngine:
         self.server.post("/pause", mode=self._update_mode, clear_cache="true", timeout_seconds=self._pause_seconds())
         request = {
             "round": name,
-            "folder": None if folder is None else str(folder),
+            "way": way,
             "version": version,
             "verify": verify,
             "timeout_seconds": timeout_seconds,

@@ -1,8 +1,10 @@
 """Run a function on several gloo ranks of this machine: `run_ranks(function, num_ranks, *args)`.
 
-Each rank is a process started with `spawn`, as torchrun would start it: nothing is inherited but the environment. The
-ranks meet through a file, so no port is taken. Results and tracebacks also come back as files: they outlive a rank that
-was killed, and the time of a traceback's file says which rank failed first; the others usually fail in its wake.
+Each rank is a process of its own. All are forked from a server that has imported torch, Megatron-Core and the engine,
+and has done nothing else: no thread runs in it, no process group was ever made. So a rank begins as one that torchrun
+started, only without the five seconds of imports; of the test's own process it inherits nothing but the environment.
+The ranks meet through a file, so no port is taken. Results and tracebacks also come back as files: they outlive a rank
+that was killed, and the time of a traceback's file says which rank failed first; the others usually fail in its wake.
 """
 
 import contextlib
@@ -45,11 +47,10 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
         RankFailed: with the tracebacks, of the rank that failed first in front; of a rank that hung, where it stood.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
-        ranks = [
-            context.Process(target=_rank_main, args=(rank, num_ranks, folder, timeout_s, function, args))
-            for rank in range(num_ranks)
-        ]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.distributed.training_ranks"])
+        given = (num_ranks, folder, timeout_s, dict(os.environ), function, args)
+        ranks = [context.Process(target=_rank_main, args=(rank, *given)) for rank in range(num_ranks)]
         try:
             _start(ranks)
             _join(ranks, Path(folder), time.monotonic() + timeout_s + _START_UP_S)
@@ -61,9 +62,16 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
 
 
 def _rank_main(
-    rank: int, num_ranks: int, folder: str, timeout_s: float, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    timeout_s: float,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), OMP_NUM_THREADS="1")
     with open(Path(folder, f"error_{rank}"), "w") as error, contextlib.ExitStack() as stack:
         stack.push(lambda kind, value, trace: traceback.print_exception(kind, value, trace, file=error))
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=error)
@@ -82,7 +90,8 @@ def _rank_main(
 
 
 def _start(ranks: Sequence[BaseProcess]) -> None:
-    """Start the ranks with one OpenMP thread each; OpenMP reads its variable when torch is loaded, so set it before."""
+    """Start the ranks with one OpenMP thread each. OpenMP reads its variable when torch is loaded: in the server, which
+    starts with the first rank of all."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:

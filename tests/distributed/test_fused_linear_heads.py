@@ -16,11 +16,13 @@ from megatron_rl.parallel.vocab_parallel_divergences import (
 )
 from tests.distributed.spawn import run_ranks
 from tests.unit.parallel.linear_heads import HEADS, Example, Watch, reference, token_losses
-from tests.unit.parallel.logits_losses import LOGITS_LOSSES, logits_reference, run_logits_loss
+from tests.unit.parallel.logits_losses import DIRECTIONS, LOGITS_LOSSES, logits_reference, run_logits_loss
 
 NUM_TOKENS, WIDTH, CHUNK = 12, 48, 5
 # Of 4 ranks with 12 rows each: all full; the last one short; the third short and the fourth all padding.
 VOCAB_SIZES = (48, 41, 30)
+COLLECTIVES = dict.fromkeys(DIRECTIONS, 3) | {"label_smoothing": 1, "top_k_distillation": 2, "filtered": 11}
+"""Of a loss of whole distributions, per chunk. The filter's two thresholds take four each."""
 
 
 def check(name: str, example: Example, *, sequence_parallel: bool, temperature: float = 1.0) -> Any:
@@ -58,6 +60,9 @@ def check(name: str, example: Example, *, sequence_parallel: bool, temperature: 
     assert hidden.grad is not None
     agree(hidden.grad, expected["hidden"], tokens, hidden_rounding(example, expected["logits"], ranks))
     agree(main_grad, expected["weight"] + expected["weight"].float(), columns)
+    # A chunk's logits, the gathered statistics, what is given, or `token_losses`' 1,000 places: never all logits.
+    sizes = weight.numel(), expected["hidden"].numel(), CHUNK * len(weight), 4 * ranks * len(example.labels), 1000
+    assert watch.largest <= max(sizes)
     if len(example.labels) > 0 and ranks > 1:
         check_collectives(name, sequence_parallel, -(-len(example.labels) // CHUNK), forward, backward)
     if ranks == 1:
@@ -69,7 +74,13 @@ def check_logits_loss(name: str, example: Example, *, sequence_parallel: bool) -
     """As `check`, of a loss of whole distributions."""
     tokens, columns = shard(example, sequence_parallel)
     place: Any = dict(group=dist.group.WORLD, sequence_parallel=sequence_parallel, chunk_tokens=CHUNK, temperature=0.7)
-    found = run_logits_loss(name, example, tokens=tokens, columns=columns, **place)
+    with Watch() as watch:
+        found = run_logits_loss(name, example, tokens=tokens, columns=columns, **place)
+    if dist.get_world_size() > 1:
+        gathers = ["_allgather_base"] * 2 if sequence_parallel else []  # the teacher's hidden states, and the student's
+        reduction = "_reduce_scatter_base" if sequence_parallel else "allreduce"
+        num_chunks = -(-len(example.labels) // CHUNK)
+        assert watch.collectives == [*gathers, *["allgather"] * num_chunks * COLLECTIVES[name], reduction]
     expected = logits_reference(name, example, 0.7)
     for key in ("loss", "value"):
         torch.testing.assert_close(found[key].double(), expected[key].double(), atol=1e-6, rtol=1e-6)
@@ -124,6 +135,7 @@ def check_all(rank: int) -> list[Any]:
     example = Example.draw(NUM_TOKENS, 16, WIDTH, 41)
     smaller = Example.draw(NUM_TOKENS, 16, WIDTH, 30)
     wide = Example.draw(8, 256, 4008, 4001, scale=4.0)
+    long = Example.draw(64, 8, 512, 500)
     for sequence_parallel in (False, True):
         for name in HEADS:
             head = partial(check, name, sequence_parallel=sequence_parallel)
@@ -131,7 +143,7 @@ def check_all(rank: int) -> list[Any]:
             shared += [head(example, temperature=temperature) for temperature in (0.3, 3.0)]
             shared += [head(Example.draw(NUM_TOKENS, 16, WIDTH, 41, dtype=torch.bfloat16))]
             shared += [head(smaller.extreme(magnitude)) for magnitude in (1e4, -1e4)]
-            shared += [head(smaller.masked()), head(Example.draw(0, 16, WIDTH, 41)), head(wide)]
+            shared += [head(smaller.masked()), head(Example.draw(0, 16, WIDTH, 41)), head(wide), head(long)]
         for name in LOGITS_LOSSES:
             shared += [check_logits_loss(name, smaller, sequence_parallel=sequence_parallel)]
     return shared

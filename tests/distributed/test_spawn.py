@@ -1,5 +1,7 @@
 """The harness of the distributed tests must itself fail where it should."""
 
+import os
+import sys
 import time
 
 import pytest
@@ -29,6 +31,16 @@ def hang_on_rank_0(rank: int) -> None:
 def test_results_come_in_rank_order_from_one_world():
     # 0 + 1 + 2 ranks, and three times the offset 0.5: 4.5
     assert run_ranks(sum_of_ranks, 3, 0.5) == [(4.5, 1)] * 3
+
+
+def of_the_server(rank: int) -> tuple[int, bool, str]:
+    # Megatron-Core is there before anything was asked for; what the test's process has set is seen.
+    return len(os.listdir(f"/proc/{os.getppid()}/task")), "megatron.core" in sys.modules, os.environ["OF_THE_TEST"]
+
+
+def test_ranks_are_forked_from_a_server_with_one_thread(monkeypatch):
+    monkeypatch.setenv("OF_THE_TEST", "seen")
+    assert run_ranks(of_the_server, 2) == [(1, True, "seen")] * 2
 
 
 def test_first_failing_rank_is_named_and_others_do_not_wait():

@@ -15,7 +15,6 @@ def test_smoothed_labels_and_a_teacher(tmp_path: Path) -> None:
     """On two tensor-parallel ranks: the loss falls, and so does the divergence from a teacher of other weights."""
     run = Run(
         tmp_path,
-        recipe="sft",
         data={"train": "rows.jsonl", "eval": None},
         optimizer={"lr": 3e-3, "lr_warmup_steps": 0},
         train={"num_steps": 8, "global_batch_size": 12},
@@ -26,6 +25,8 @@ def test_smoothed_labels_and_a_teacher(tmp_path: Path) -> None:
             "kl": {"coefficient": 2.0, "reference_path": "teacher", "estimator": "exact", "direction": "forward"},
         },
     )
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"recipe": "sft"}))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     torch.manual_seed(11)
     teacher = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
