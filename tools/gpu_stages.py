@@ -302,7 +302,8 @@ def train_fp8(quick: bool) -> Figures:
     """Utilisation with FP8 layers, by the best recipe that the GPU has."""
     from megatron_rl.config.schema import Fp8Format, Fp8Recipe
 
-    recipe = Fp8Recipe.mxfp8 if torch.cuda.get_device_capability() >= (10, 0) else Fp8Recipe.blockwise
+    recipes = ((10, 0), Fp8Recipe.mxfp8), ((9, 0), Fp8Recipe.blockwise), ((0, 0), Fp8Recipe.tensorwise)
+    recipe = next(recipe for oldest, recipe in recipes if torch.cuda.get_device_capability() >= oldest)
     return {"recipe": recipe.value} | _train(quick, fp8=Fp8Format.e4m3, fp8_recipe=recipe)
 
 
