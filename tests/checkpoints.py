@@ -103,6 +103,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "head_dim": 32,
+        "rms_norm_eps": 1e-5,  # as released; vLLM computes with that whatever the config says
         "sliding_window": 8,
         "tie_word_embeddings": False,
         "rope_parameters": {**_YARN, "truncate": False},

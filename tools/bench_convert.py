@@ -5,12 +5,13 @@
 Two ranks build their part of the model, import its weights and export them again. Memory is what a process holds for
 itself (RssAnon of /proc/self/status, the page cache left out), at its peak while the model is built and imported, less
 what it held before; it is to be the shard and at most one tensor. The same files are copied in the same run, by one
-process, for comparison: once before and once after, of which the mean is told. Everything goes to a temporary folder,
-which is deleted.
+process, for comparison: once before and once after, of which the mean is told. All begin with files that the page cache
+has forgotten, and end when what they wrote is on the disk. Everything goes to a temporary folder, which is deleted.
 """
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -73,7 +74,9 @@ class PeakMemory:
 def convert(rank: int, source: str, output: str) -> dict[str, float]:
     """One rank: build, import, export."""
     parallel = ParallelConfig(tensor_model_parallel_size=2)
-    model = ModelConfig(hf_path=source, params_dtype=Dtype.bfloat16, load_weights=False)
+    # Without weights, and without drawing any: as they are when they are about to be read.
+    drawn = {"perform_initialization": False}
+    model = ModelConfig(hf_path=source, params_dtype=Dtype.bfloat16, load_weights=False, transformer_config=drawn)
     groups = initialize(parallel, seed=0)
     with PeakMemory() as memory:
         policy = Policy(model, groups, parallel, trained=False)
@@ -84,6 +87,8 @@ def convert(rank: int, source: str, output: str) -> dict[str, float]:
         imported = time.perf_counter()
     shard = sum(p.numel() * p.element_size() for p in policy.parameters.values())
     export_hf(policy, Path(output))
+    settle(Path(output))
+    torch.distributed.barrier()
     exported = time.perf_counter()
     return {
         "import_s": imported - begin,
@@ -93,10 +98,21 @@ def convert(rank: int, source: str, output: str) -> dict[str, float]:
     }
 
 
+def settle(folder: Path) -> None:
+    """Write a folder's files to the disk and let the page cache forget them."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDWR)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
 def copy_seconds(source: Path, target: Path) -> float:
     """Of copying a folder; the copy is deleted."""
+    settle(source)
     begin = time.perf_counter()
     shutil.copytree(source, target)
+    settle(target)
     seconds = time.perf_counter() - begin
     shutil.rmtree(target)
     return seconds
@@ -121,6 +137,7 @@ def main() -> None:
                     count = min(1 << 24, file.num_bytes - begin)
                     stream.write(torch.randint(256, (count,), dtype=torch.uint8).numpy().data)
         copies = [copy_seconds(source, Path(root, "copy"))]
+        settle(source)
         ranks = run_ranks(convert, 2, str(source), str(output), timeout_s=400.0)
         copies.append(copy_seconds(source, Path(root, "copy")))
         same = all((source / f.name).read_bytes() == (output / f.name).read_bytes() for f in plan.files)

@@ -7,7 +7,9 @@ are medians of one run, on one core, and mean something only beside each other:
 
     memory copy              of as many bytes, tensor by tensor: the floor
     colocated, into memory   the plan carried out into tensors of the engine's shapes
-    shared memory            the same from another process, through /dev/shm
+    shared memory            the same into another process, through /dev/shm
+    network                  the same over TCP, on the loopback device
+    network, 2% changed      with changed elements alone, both sides keeping a copy of what was sent
     colocated, into vLLM     the same with vLLM's preparation of each layer for its kernels
     whole tensors            exported by name and given to vLLM's own loader, as `reload_weights` does
 
@@ -35,8 +37,10 @@ from megatron_rl.weights.folder import FolderTransport
 from megatron_rl.weights.holders import EngineRanks, TrainedRanks
 from megatron_rl.weights.orders import Orders
 from megatron_rl.weights.shard_plan import ShardPlan, Slice
+from megatron_rl.weights.sockets import Door, Listener, connect
 
 BUCKET = 64 << 20
+HOST = "127.0.0.1"
 SIZES = dict(
     vocab_size=151936,
     hidden_size=896,
@@ -91,41 +95,81 @@ def timed(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def receive(folder: str, orders: str, rounds: int) -> None:
-    """The engine's process of the shared-memory figure."""
+def receive(folder: str, orders: str, rounds: int, way: str, max_changed: float) -> None:
+    """The engine's process."""
     torch.set_num_threads(1)
-    told = Orders.from_text(orders)
-    memory, mapped, exchange = Memory(told), dict[str, Tensor](), Exchange(told)
+    told, listener = Orders.from_text(orders), Listener(HOST)
+    memory, mapped = Memory(told), dict[str, Tensor]()
+    exchange = Exchange(told, max_changed=max_changed)
+    Path(folder, "port").write_text(str(listener.port))
     Path(folder, "ready").touch()
     for index in range(rounds):
-        transport = FolderTransport(Path(folder, str(index)), 1, timeout_seconds=120, mapped=mapped)
-        while not transport.folder.exists():
+        messages = Path(folder, str(index))
+        while not messages.exists():
             time.sleep(0.0005)
+        transport = (
+            FolderTransport(messages, 1, timeout_seconds=120, mapped=mapped)
+            if way == "shared memory"
+            else listener.accept({0}, rank=1, round=str(index), token="", timeout_seconds=120)
+        )
         exchange.run({}, memory, transport, version=index)
         Path(folder, f"done{index}").touch()
+    Path(folder, "peak").write_text(str(peak_megabytes()))
 
 
-def shared_memory(parameters: dict[str, Tensor], maps: list[TensorMap], layers: int, repeats: int) -> float:
-    apart = plan(maps, layers, 1)
-    sender = Exchange(Orders.of(apart, 0, {}))
+def apart(
+    way: str,
+    parameters: dict[str, Tensor],
+    maps: list[TensorMap],
+    layers: int,
+    repeats: int,
+    floor: float,
+    *,
+    changed: float = 1.0,
+) -> None:
+    """Into another process; `changed`: share of the elements that differ from round to round, sent alone if few."""
+    plan_apart = plan(maps, layers, 1)
+    max_changed = 0.25 if changed < 1 else 0.0
+    sender = Exchange(Orders.of(plan_apart, 0, {}), max_changed=max_changed)
     seconds, mapped = [], dict[str, Tensor]()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        arguments = (folder, Orders.of(apart, 1, {}).to_text(), repeats + 1)
+        orders = Orders.of(plan_apart, 1, {}).to_text()
+        arguments = (folder, orders, repeats + 2, way, max_changed)
         process = multiprocessing.get_context("spawn").Process(target=receive, args=arguments)
         process.start()
         while not Path(folder, "ready").exists():
             time.sleep(0.01)
-        for index in range(repeats + 1):
+        door = Door(HOST, int(Path(folder, "port").read_text()), "")
+        for index in range(repeats + 2):
+            if changed < 1:
+                change(parameters, changed)
             messages = Path(folder, str(index))
             begun = time.perf_counter()
             messages.mkdir()
-            transport = FolderTransport(messages, 0, timeout_seconds=120, mapped=mapped)
+            transport = (
+                FolderTransport(messages, 0, timeout_seconds=120, mapped=mapped)
+                if way == "shared memory"
+                else connect({1: door}, rank=0, round=str(index), timeout_seconds=120)
+            )
             sender.run(parameters, None, transport, version=index)
+            transport.close()
             while not Path(folder, f"done{index}").exists():
                 time.sleep(0.0005)
             seconds.append(time.perf_counter() - begun)
         process.join()
-    return statistics.median(seconds[1:])
+        slots = sum(file.stat().st_size for file in Path(folder).glob("slot*"))
+    # The first round makes the memory of messages, and with changes sends everything.
+    show(way + (f", {changed:.0%} changed" if changed < 1 else ""), statistics.median(seconds[2:]), floor)
+    memory = f"; {slots / BUCKET:.1f} buckets of shared memory" if slots else ""
+    print(f"{'':26} {sender.sent_bytes / 1e6:.0f} MB sent{memory}")
+
+
+def change(parameters: dict[str, Tensor], share: float) -> None:
+    """Flip the last bit of that share of the elements."""
+    for tensor in parameters.values():
+        bits = tensor.view(torch.int16).view(-1)
+        where = torch.randint(len(bits), (max(1, int(share * len(bits))),))
+        bits[where] ^= 1
 
 
 def peak_megabytes() -> float:
@@ -150,7 +194,8 @@ def main() -> None:
     orders = Orders.of(plan(maps, arguments.layers, 0), 0, {})
     exchange = Exchange(orders)
     into_memory(exchange, Memory(orders), parameters, arguments.repeats, floor)
-    show("shared memory", shared_memory(parameters, maps, arguments.layers, arguments.repeats), floor)
+    for way, changed in (("shared memory", 1.0), ("network", 1.0), ("network", 0.02)):
+        apart(way, parameters, maps, arguments.layers, arguments.repeats, floor, changed=changed)
     into_vllm(config, parameters, maps, orders, exchange, arguments.repeats, floor)
 
 

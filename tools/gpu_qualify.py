@@ -33,8 +33,11 @@ class Stage:
 
 STAGES = (
     Stage("tests", ("pytest", "megatron.core", "transformers"), 1800, "tests/gpu: kernels, layers, FP8, engine, curve"),
-    Stage("log_prob_head", (), 600, "fused log-prob head against its matrix products: time and memory"),
-    Stage("train_bf16", ("megatron.core",), 900, "MFU and peak memory of a training step, bfloat16"),
+    Stage(
+        "curve", ("megatron.core", "transformers"), 900, "20 steps in float32 and bfloat16 against float32 on the host"
+    ),
+    Stage("log_prob_head", (), 600, "fused log-prob heads against their matrix products: time, memory and aims"),
+    Stage("train_bf16", ("megatron.core",), 900, "a training step in bfloat16: MFU, against its products, memory"),
     Stage("train_fp8", ("megatron.core", "transformer_engine_torch"), 900, "the same with FP8 layers"),
     Stage("weight_sync", ("megatron.core", "vllm"), 900, "policy to engine, GB/s against a copy on the device"),
     Stage(
@@ -91,7 +94,11 @@ def run_stage(stage: Stage, *, quick: bool) -> Outcome:
     lines = ended.stdout.strip().splitlines()
     if ended.returncode:
         return Outcome(stage.name, "failed", "\n".join((ended.stdout + ended.stderr).strip().splitlines()[-15:]))
-    return Outcome(stage.name, "ran", found=json.loads(lines[-1]))
+    # Libraries may have a last word when the interpreter ends.
+    found = next((line for line in reversed(lines) if line.startswith("{")), None)
+    if found is None:
+        return Outcome(stage.name, "failed", "it printed no figures")
+    return Outcome(stage.name, "ran", found=json.loads(found))
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -115,6 +122,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version for name, version in found.items() if version}
 
 
+def commit() -> str:
+    """Of this repository, '+' behind it if files differ from it; empty outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        ended = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return ended.stdout.strip()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages; 1 if one failed. On a machine without a GPU none runs, and nothing is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,9 +150,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{gpu or 'no GPU'}, {', '.join(f'{name} {version}' for name, version in versions().items())}\n")
     print(table(outcomes))
     if gpu is not None:
-        record = {"gpu": gpu, "versions": versions(), "quick": arguments.quick, "stages": [asdict(o) for o in outcomes]}
+        today = f"{datetime.now(UTC):%Y-%m-%d}"
+        record = {
+            "gpu": gpu,
+            "date": today,
+            "commit": commit(),
+            "versions": versions(),
+            "quick": arguments.quick,
+            "stages": [asdict(outcome) for outcome in outcomes],
+        }
         RESULTS.mkdir(exist_ok=True)
-        file = RESULTS / f"{re.sub('[^A-Za-z0-9]+', '-', gpu).lower()}-{datetime.now(UTC):%Y-%m-%d}.json"
+        file = RESULTS / f"{re.sub('[^A-Za-z0-9]+', '-', gpu).lower()}-{today}.json"
         file.write_text(json.dumps(record, indent=2) + "\n")
         print(f"\nwritten to {os.path.relpath(file)}")
     return int(any(outcome.state == "failed" for outcome in outcomes))

@@ -159,7 +159,7 @@ def llama3_rows() -> list[str]:
         used = mfu(tflops * 1e12, 1.0, 1, H100_BF16_TFLOPS)
         rows.append(
             f"{gpus:>6}{sequence:>9}{context:>4}{layout.data_parallel_size:>5}{tflops:>9.0f}{published:>6} %"
-            f"{100 * used:>8.1f} %{per_token / 1e9:>9.0f}{needed.num_micro_batches:>6}{100 * needed.bubble:>8.1f} %"
+            f"{100 * used:>8.1f} %{per_token / 1e9:>9.0f}{needed.num_micro_batches:>6}"
             f"{needed.largest.total / GIGABYTE:>8.1f}"
         )
     tokens, operations = LLAMA3_TRAINING
@@ -184,7 +184,7 @@ def main() -> None:
         print(row_of(run))
     print(
         f"\n{'llama3':>6}{'sequence':>9}{'cp':>4}{'dp':>5}{'TFLOP/s':>9}{'MFU':>8}{'plan':>10}{'GFLOP':>9}{'rows':>6}"
-        f"{'bubble':>10}{'GB':>8}"
+        f"{'GB':>8}"
     )
     print("\n".join(llama3_rows()))
     print(f"\n{time.perf_counter() - begin:.1f} s")

@@ -12,6 +12,7 @@ converted as language models are.
 The model takes the memory of its weights once: on the GPU if there is one, else (CUDA_VISIBLE_DEVICES= ) on the host.
 """
 
+import functools
 import os
 import shutil
 import sys
@@ -29,8 +30,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from megatron_rl.checkpoint.folders import LATEST, CheckpointError, cannot_write, iteration_folder, latest_step
-from megatron_rl.checkpoint.hf_export import checkpoint_dtype, together, written_config, written_dtypes
-from megatron_rl.checkpoint.integrity import check_files, loading
+from megatron_rl.checkpoint.hf_export import (
+    DTYPES_OF_WEIGHTS,
+    checkpoint_dtype,
+    together,
+    written_config,
+    written_dtypes,
+)
+from megatron_rl.checkpoint.integrity import check_files, loading, stored_dtypes
 from megatron_rl.checkpoint.stored_names import names_of, tensors_to_load, tensors_to_save
 from megatron_rl.checkpoint.verify import check_verifiable, largest_difference
 from megatron_rl.config.errors import UserError
@@ -52,6 +59,8 @@ from megatron_rl.weights.stored_forms import FLOATS
 
 # Names in the checkpoint begin with a part of GPTModel; the optimizer's begin with "optimizer.".
 _MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
+_FLOAT32 = "router.expert_bias"
+"""Kept so by every model, whatever the dtype of the others."""
 _EMBEDDING, _OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -144,7 +153,7 @@ def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path, verify: boo
     folder = _iteration(checkpoint)
     shapes = check_files(folder)
     with world_of_one(), torch.no_grad():
-        model = _WholeModel(hf, checkpoint_dtype(hf, hf_path))
+        model = _WholeModel(hf, _saved_dtype(folder))
         with loading(folder):
             metadata = dist_checkpointing.load_content_metadata(str(folder))
         template = tensors_to_load(model.gpt, shapes, metadata)
@@ -199,6 +208,16 @@ def _held_dtype(reader: HFCheckpointReader, maps: list[TensorMap], hf: dict[str,
         if name in reader.tensors and reader.tensors[name].dtype in FLOATS:
             dtype = torch.promote_types(dtype, DTYPES[reader.tensors[name].dtype])
     return dtype
+
+
+def _saved_dtype(folder: Path) -> torch.dtype:
+    """The dtype that holds every weight of a Megatron checkpoint as it is."""
+    dtypes = {
+        dtype
+        for name, dtype in stored_dtypes(folder).items()
+        if name.startswith(_MODEL_PARTS) and not name.endswith(_FLOAT32)
+    } & set(DTYPES_OF_WEIGHTS)
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def _tell(line: str | None) -> None:

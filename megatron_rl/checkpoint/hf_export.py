@@ -23,6 +23,9 @@ from megatron_rl.weights.stored_forms import FLOATS
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+DTYPES_OF_WEIGHTS = tuple(_DTYPES.values())
+
+
 def checkpoint_dtype(hf: dict[str, Any], source: Path | None = None) -> torch.dtype:
     """Dtype that a config.json says its tensors have, else that of the first of them, else float32.
 
@@ -54,7 +57,7 @@ def written_dtypes(source: Path, hf: dict[str, Any]) -> Callable[[str], torch.dt
 
     def dtype_of(name: str) -> torch.dtype:
         dtype = DTYPES.get(stored[name].dtype, default) if name in stored else default
-        return dtype if dtype in _DTYPES.values() else default
+        return dtype if dtype in DTYPES_OF_WEIGHTS else default
 
     return dtype_of
 

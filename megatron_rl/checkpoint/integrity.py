@@ -124,6 +124,13 @@ def check_files(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.size) for name, entry in index.state_dict_metadata.items() if hasattr(entry, "size")}
 
 
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """The dtype of every tensor of a checkpoint that `check_files` has passed, by name."""
+    index = _read_index(folder / _INDEX)
+    entries = index.state_dict_metadata.items()
+    return {name: entry.properties.dtype for name, entry in entries if hasattr(entry, "properties")}
+
+
 def _require(folder: Path, name: str) -> None:
     if not (folder / name).is_file():
         raise CheckpointError(f"{folder / name} is missing; a checkpoint in torch_dist format has it")

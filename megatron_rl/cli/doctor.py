@@ -1,5 +1,7 @@
 """`megatron-rl doctor`: what is installed, what it unlocks, what fails without the rest, and what a run takes.
 
+`megatron-rl doctor --interfaces`: whether the installed releases have what this package calls, see `interfaces`.
+
 `megatron-rl doctor RUN_DIR`: what happened to a run that is dead or hangs.
 
 Versions come from the packages' metadata; only torch is imported, to see the devices.
@@ -14,6 +16,7 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.schema import AdamImplementation, ModelConfig
 from megatron_rl.models.capabilities import LIBRARIES, capabilities, installed_version
 from megatron_rl.models.choices import choose
+from megatron_rl.rollout.isolation import guest
 from megatron_rl.trainer.diagnosis import diagnosis
 from megatron_rl.trainer.run_directory import RunDirectory
 
@@ -22,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser("doctor", help="what is installed, and what it unlocks")
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, nargs="?", help="a run that is dead or hangs")
+    parser.add_argument("--interfaces", action="store_true", help="look up what is called of the installed releases")
     parser.set_defaults(run=run)
 
 
@@ -29,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table; 1 if a required library is absent."""
     if arguments.run_dir is not None:
         return _examine(arguments.run_dir)
+    if arguments.interfaces:
+        return _compare_interfaces()
     rows = [("python", platform.python_version(), ""), *devices()]
     failures = 0
     for library in LIBRARIES:
@@ -41,6 +47,16 @@ def run(arguments: argparse.Namespace) -> int:
     if not failures:
         print(f"\na run here takes: {choose(capabilities(), ModelConfig(), AdamImplementation.auto)}")
     return 1 if failures else 0
+
+
+def _compare_interfaces() -> int:
+    import megatron_rl.device  # noqa: F401  (core's modules find the device that they run on)
+    from megatron_rl.cli.interfaces import problems
+
+    with guest():
+        count, found = problems()
+    print("\n".join([*found, f"{count} interfaces looked up, {len(found)} of them are not as this package calls them"]))
+    return 1 if found else 0
 
 
 def _examine(run_dir: Path) -> int:

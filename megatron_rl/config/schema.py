@@ -194,6 +194,7 @@ class SyncTransport(Enum):
     auto = "auto"
     folder = "folder"
     network = "network"
+    process_group = "process_group"
 
 
 class AdamImplementation(Enum):
@@ -433,8 +434,8 @@ class SyncConfig:
     bucket_megabytes: float = 256.0
     """Weights travel in buckets of at most this size (a single larger tensor travels alone)."""
     transport: SyncTransport = SyncTransport.auto
-    """How disaggregated engines get their weights: through a folder, or over the network, by TCP. auto: through one if
-    all ranks and engines are on one machine or `folder` names one."""
+    """How disaggregated engines get their weights: through a folder, over the network by TCP, or in a process group of
+    all ranks and engines, which is NCCL's between GPUs and else gloo's. auto: see `trainer/ways.py`."""
     folder: str | None = None
     """Folder of that transport; null: this machine's shared memory, or the run's folder if a Slurm job has tasks for
     engines."""
@@ -472,6 +473,9 @@ class RewardModelConfig:
     """outcome: the score of a completion's last token. process: a score for each step, at its last token."""
     engine: RewardEngine = RewardEngine.megatron
     """megatron: the training ranks hold it beside the policy. vllm: a server that the first rank starts and asks."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """With engine vllm: further arguments of its server, by vLLM's names, e.g. gpu_memory_utilization; the others are
+    those of rollout. It runs where the first rank does."""
     scale: RewardScale = RewardScale.score
     """The score itself, or, of a model that was trained on right and wrong, the probability of right or its logarithm.
     The logarithms of steps add up to that of all being right, which no further step can raise."""

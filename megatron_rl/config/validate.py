@@ -27,7 +27,15 @@ from megatron_rl.config.load import shown
 from megatron_rl.config.numerics import check_fp8_shapes, check_numerics
 from megatron_rl.config.pipeline import layers_of_stages
 from megatron_rl.config.ranges import check_ranges
-from megatron_rl.config.schema import Aggregation, Config, EnginePlacement, LRDecayStyle, ParallelConfig, Recipe
+from megatron_rl.config.schema import (
+    Aggregation,
+    Config,
+    EnginePlacement,
+    LRDecayStyle,
+    ParallelConfig,
+    Recipe,
+    SyncTransport,
+)
 
 _BIASED_EXPERTS = ("GptOssForCausalLM",)
 """Core adds an expert's bias on every rank that holds a part of the expert."""
@@ -398,6 +406,12 @@ def _check_rollout(config: Config, world_size: int | None) -> None:
             _refuse("rollout.quantization", rollout.quantization.value, "null with rollout.placement=disaggregated")
         if config.model.batch_invariant_mode:
             _refuse("model.batch_invariant_mode", True, "false with rollout.placement=disaggregated")
+        if config.sync.delta and config.sync.transport is SyncTransport.process_group:
+            _refuse(
+                "sync.delta", config.sync.delta, "0 with sync.transport=process_group, whose messages have one length"
+            )
+    elif config.sync.delta:
+        _refuse("sync.delta", config.sync.delta, "0 without rollout.placement=disaggregated")
     elif num_ranks % rollout.tensor_model_parallel_size:
         key = "rollout.tensor_model_parallel_size"
         _refuse(key, rollout.tensor_model_parallel_size, f"a divisor of the {num_ranks} ranks")

@@ -81,6 +81,8 @@ class Policy:
         self.choices = choices
         self.row_multiple = row_multiple(model, parallel)
         chosen = choices.transformer_fields(self.hf) | dict(
+            # Drawn by core, weights that are about to be read would cost the memory of whole float32 tensors.
+            perform_initialization=not model.load_weights,
             sequence_parallel=parallel.sequence_parallel,
             num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
             num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,

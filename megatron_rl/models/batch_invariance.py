@@ -1,8 +1,8 @@
 """Kernels whose results do not depend on the rest of the batch: Megatron's, and Megatron's beside vLLM's.
 
-Both libraries replace operators of torch for the whole process, and torch refuses a second replacement of an operator.
-Megatron's are there first, since the policy is built before the engine is started; vLLM would end with "there's already
-a kernel registered". So a process that hosts an engine keeps those of Megatron that vLLM does not bring:
+Both libraries replace operators of torch for the whole process, and torch up to 2.11 refuses a second replacement of an
+operator. Megatron's are there first, since the policy is built before the engine is started, and vLLM would end with
+"there's already a kernel registered". So a process that hosts an engine keeps of Megatron's what vLLM does not bring:
 
     operator                 beside vLLM
     mm, addmm                Megatron's; vLLM's on compute capability 8, where alone it has them

@@ -148,6 +148,8 @@ def _reduce_over_experts_ranks(model: GPTModel) -> None:
     Core tells experts' parameters from others by `allreduce`, for the buffers of DistributedDataParallel, for the
     optimizer that they go to and for the norm of gradients. It only does so with expert parallelism: without, it takes
     them for dense ones, whose ranks hold the same part only if experts are split over as many ranks as all the rest.
+    What it does not know to be split it counts in the norm on the first of the tensor-parallel ranks alone; of experts
+    that is a bias, which only whole experts have, and every rank counts its own.
     """
     config = model.config
     if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
@@ -155,6 +157,7 @@ def _reduce_over_experts_ranks(model: GPTModel) -> None:
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False
+            parameter.tensor_model_parallel = True
 
 
 def _set_rotary_frequencies(model: GPTModel, rope: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from megatron_rl.rollout.address import EngineLost
 from megatron_rl.rollout.hosting import HostedServer
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
 from megatron_rl.rollout.server import EngineServer
+from megatron_rl.rollout.server_features import names_weight_versions, opens_token_door_on_request
 from megatron_rl.weights.orders import Orders
 from megatron_rl.weights.sockets import Door
 
@@ -109,12 +110,12 @@ class RemoteEngine:
         workers = self._ask_workers("receive_orders", request, _CONTROL_SECONDS)
         return {worker["rank"]: Door(address.host, worker["port"], address.token) for worker in workers}
 
-    def load(self, name: str, folder: Path | None, *, version: int, verify: str, timeout_seconds: float) -> None:
+    def load(self, name: str, way: dict[str, Any], *, version: int, verify: str, timeout_seconds: float) -> None:
         """Load one version that the trained ranks send, and resume.
 
         Args:
             name: of the round, used once.
-            folder: through which they send; None: to the ranks' doors.
+            way: that the messages take, for the workers; see `trainer/ways.py`.
             version: of the weights.
             verify: see `SyncConfig`.
             timeout_seconds: limit of each wait of the ranks.
@@ -125,7 +126,7 @@ class RemoteEngine:
         self.server.post("/pause", mode=self._update_mode, clear_cache="true", timeout_seconds=self._pause_seconds())
         request = {
             "round": name,
-            "folder": None if folder is None else str(folder),
+            "way": way,
             "version": version,
             "verify": verify,
             "timeout_seconds": timeout_seconds,
@@ -134,7 +135,8 @@ class RemoteEngine:
         errors = [worker["error"] for worker in workers if "error" in worker]
         if errors:
             raise EngineLost(errors[0])
-        self.server.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=_CONTROL_SECONDS)
+        if names_weight_versions():
+            self.server.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=_CONTROL_SECONDS)
         self.server.post("/reset_prefix_cache", reset_running_requests="true", timeout_seconds=_CONTROL_SECONDS)
         self.server.post("/resume", timeout_seconds=_CONTROL_SECONDS)
         self.weight_version = version
@@ -193,18 +195,20 @@ class RemoteEngine:
             "detokenize": bool(sampling.stop),
         }
         body = {"token_ids": list(prompt.token_ids), "sampling_params": params}
+        version_before = self.weight_version
         answer = self.server.post("/inference/v1/generate", body, timeout_seconds=self._generate_timeout)
         (choice,) = answer["choices"]
         if choice["finish_reason"] not in ("stop", "length"):
             raise EngineLost(f"prompt {prompt.prompt_id}: the engine ended a completion: {choice['finish_reason']!r}")
         # "default" until the first synchronisation.
-        versions = [int(v) if (v := span["version"]).isdecimal() else 0 for span in choice["weight_versions"] or []]
+        spans = choice.get("weight_versions") or []
+        versions = [int(v) if (v := span["version"]).isdecimal() else 0 for span in spans]
         return Completion(
             token_ids=tuple(choice["token_ids"]),
             log_probs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
             text=self._decode(choice["token_ids"]),
             finish_reason=choice["finish_reason"],
-            weight_version=min(versions, default=self.weight_version),
+            weight_version=min(versions, default=version_before),
         )
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -233,7 +237,6 @@ def server_arguments(rollout: RolloutConfig, *, dtype: str, seed: int, max_model
     """Arguments of vLLM's server for a configuration."""
     chosen: dict[str, Any] = {
         "logprobs_mode": "processed_logprobs",
-        "enable_scale_out": True,
         "max_model_len": max_model_len,
         "dtype": dtype,
         "tensor_parallel_size": rollout.tensor_model_parallel_size,
@@ -241,6 +244,8 @@ def server_arguments(rollout: RolloutConfig, *, dtype: str, seed: int, max_model
         "seed": seed,
         "enforce_eager": rollout.enforce_eager,
     }
+    if opens_token_door_on_request():
+        chosen["enable_scale_out"] = True
     if HAS_CUDA:
         chosen["gpu_memory_utilization"] = rollout.gpu_memory_utilization
     else:

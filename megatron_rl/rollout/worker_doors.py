@@ -6,10 +6,13 @@ vLLM adds the class to its worker (`--worker-extension-cls`). A request brings o
 import json
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_rl.rollout.door import TOKEN_VARIABLE
 from megatron_rl.rollout.shard_loading import load_shards
@@ -17,7 +20,10 @@ from megatron_rl.weights.exchange import Exchange, Loader, OnFilled, verified
 from megatron_rl.weights.folder import FolderTransport
 from megatron_rl.weights.messages import TransferError
 from megatron_rl.weights.orders import Orders
+from megatron_rl.weights.process_group import ProcessGroupTransport, join
 from megatron_rl.weights.sockets import Listener, SocketTransport
+
+_Transport = FolderTransport | SocketTransport | ProcessGroupTransport
 
 
 @dataclass
@@ -29,12 +35,20 @@ class _Receiver:
     exchange: Exchange
     listener: Listener
     mapped: dict[str, Tensor] = field(default_factory=dict)
+    group: tuple[str, ProcessGroup] | None = None
 
-    def transport(self, told: dict[str, Any]) -> FolderTransport | SocketTransport:
+    def transport(self, told: dict[str, Any], device: torch.device) -> _Transport:
         """To the trained ranks, for one round."""
-        limit = told["timeout_seconds"]
-        if told["folder"] is not None:
-            return FolderTransport(Path(told["folder"]), self.rank, timeout_seconds=limit, mapped=self.mapped)
+        limit, way = told["timeout_seconds"], told["way"]
+        if "folder" in way:
+            return FolderTransport(Path(way["folder"]), self.rank, timeout_seconds=limit, mapped=self.mapped)
+        if "group" in way:
+            of, timeout = way["group"], timedelta(seconds=limit)
+            if self.group is None or self.group[0] != of["name"]:
+                place = (of["host"], of["port"], of["name"])
+                group = join(*place, rank=self.rank, size=of["size"], timeout=timeout, device=device)
+                self.group = (of["name"], group)
+            return ProcessGroupTransport(self.group[1], timeout=timeout, device=device)
         token, name = os.environ[TOKEN_VARIABLE], told["round"]
         senders = self.orders.senders
         return self.listener.accept(senders, rank=self.rank, round=name, token=token, timeout_seconds=limit)
@@ -77,9 +91,9 @@ class WeightDoors:
             {"rank"} if it is loaded, else {"rank", "error"}: the engine has no usable weights then.
         """
         told, (receiver,) = json.loads(request), _receiver
-        transport: FolderTransport | SocketTransport | None = None
+        transport: _Transport | None = None
         try:
-            transport = receiver.transport(told)
+            transport = receiver.transport(told, self.device)  # type: ignore[attr-defined]
             messages = transport
 
             def feed(loader: Loader) -> None:

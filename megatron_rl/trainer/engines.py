@@ -93,8 +93,7 @@ def start_reward_server(config: Config) -> RewardServer:
         EngineLost: it did not start.
     """
     model = config.rewards.model
-    # Further arguments of the policy's engine are not this one's.
-    plain = replace(config.rollout, engine_args={})
+    plain = replace(config.rollout, engine_args=model.engine_args)  # not those of the policy's engine
     dtype = config.model.params_dtype.value
     server = RewardServer(
         str(model.hf_path),

@@ -15,7 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+# Weights in any format: beside new ones they would be old ones.
+_NOT_COPIED = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz"),
+    ".index.json",
+)
 
 
 def write_hf_checkpoint(

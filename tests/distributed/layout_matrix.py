@@ -69,10 +69,11 @@ class Case:
         return f"{short} {self.micro_batch_tokens} {self.loss} {dict(self.model)}"
 
 
-def layouts(num_ranks: int, *, experts: int = 0) -> Iterator[dict[str, Any]]:
+def layouts(num_ranks: int, *, experts: int = 0, whole_experts: bool = False) -> Iterator[dict[str, Any]]:
     """Every legal factorisation of `num_ranks`, of a model of 4 layers with `experts` routed experts.
 
-    Stages of two chunks are for 2 stages only: 4 of them would take 8 layers, which amplify roundings.
+    With `whole_experts` the matrices of experts are not split: core splits no expert with a bias. Stages of two chunks
+    are for 2 stages only: 4 of them would take 8 layers, which amplify roundings.
     """
     sizes = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
     for tp, pp, cp in product(sizes, repeat=3):
@@ -81,6 +82,7 @@ def layouts(num_ranks: int, *, experts: int = 0) -> Iterator[dict[str, Any]]:
         # Megatron trains experts under tensor parallelism with sequence parallelism only.
         sequence_parallel = [False] if tp == 1 else [True] if experts else [False, True]
         expert_sizes = [(ep, etp) for ep, etp in product(sizes, repeat=2) if num_ranks // pp % (ep * etp) == 0]
+        expert_sizes = [(ep, etp) for ep, etp in expert_sizes if etp == 1 or not whole_experts]
         expert_sizes = [(ep, etp) for ep, etp in expert_sizes if experts and experts % ep == 0] or [(1, None)]
         for sp, chunks, (ep, etp) in product(sequence_parallel, [None, 2] if pp == 2 else [None], expert_sizes):
             yield dict(
@@ -98,25 +100,25 @@ GATHERING = (("transformer_config", {"moe_token_dispatcher_type": "allgather"}),
 """Megatron's other way of sending tokens to experts, which gathers rows that are filled up to one length."""
 
 
-def placements(num_ranks: int, *, experts: int = 0) -> Iterator[tuple[dict[str, Any], tuple[tuple[str, Any], ...]]]:
+def placements(num_ranks: int, **experts: Any) -> Iterator[tuple[dict[str, Any], tuple[tuple[str, Any], ...]]]:
     """(layout, fields of ModelConfig): every layout with each way of sending tokens to experts."""
-    yield from product(layouts(num_ranks, experts=experts), [(), GATHERING] if experts else [()])
+    yield from product(layouts(num_ranks, **experts), [(), GATHERING] if experts.get("experts") else [()])
 
 
-def some_cases(num_ranks: int, *, experts: int = 0) -> list[Case]:
+def some_cases(num_ranks: int, **experts: Any) -> list[Case]:
     """Every placement once; losses and micro-batches take turns, so that each pair of them is met."""
     pairs = list(product(MICRO_BATCH_TOKENS, LOSSES))
     return [
         Case(layout, *pairs[i * 4 % len(pairs)], model)
-        for i, (layout, model) in enumerate(placements(num_ranks, experts=experts))
+        for i, (layout, model) in enumerate(placements(num_ranks, **experts))
     ]
 
 
-def all_cases(num_ranks: int, *, experts: int = 0) -> list[Case]:
+def all_cases(num_ranks: int, **experts: Any) -> list[Case]:
     """Everything with everything."""
     return [
         Case(layout, tokens, loss, model)
-        for (layout, model), tokens, loss in product(placements(num_ranks, experts=experts), MICRO_BATCH_TOKENS, LOSSES)
+        for (layout, model), tokens, loss in product(placements(num_ranks, **experts), MICRO_BATCH_TOKENS, LOSSES)
     ]
 
 
@@ -172,16 +174,19 @@ def reference(folder: Path, loss: str) -> tuple[dict[str, float], dict[str, torc
     gradients: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            gradients |= as_stored(name, parameter.grad)
+            gradients |= as_stored(name, parameter.grad, stacked=model.config.model_type == "gpt_oss")
     norm = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
     return reduce_metrics(metrics, None) | {"optim/grad_norm": norm}, gradients
 
 
-def as_stored(name: str, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
-    """By the names of the checkpoint, which keeps the experts apart that transformers' model stacks."""
+def as_stored(name: str, gradient: torch.Tensor, *, stacked: bool) -> dict[str, torch.Tensor]:
+    """By the names of the checkpoint, which keeps the experts apart that transformers' model stacks; if it stacks them
+    as well, the parts have the number of the expert behind the name."""
     prefix, experts, kind = name.partition(".mlp.experts.")
     if not experts:
         return {name: gradient}
+    if stacked:
+        return {f"{name}[{expert}]": of_expert for expert, of_expert in enumerate(gradient)}
     parts = {"down_proj": gradient}
     if kind == "gate_up_proj":
         parts = dict(zip(("gate_proj", "up_proj"), gradient.chunk(2, dim=1), strict=True))
@@ -262,9 +267,11 @@ def whole_gradients(policy: Policy) -> dict[str, torch.Tensor]:
             if tensor_map.name in g
         }
         if shards:
-            gradients |= {
-                name: whole.clone() for name, whole in assemble(tensor_map, [shards[i] for i in sorted(shards)])
-            }
+            for name, whole in assemble(tensor_map, [shards[i] for i in sorted(shards)]):
+                if tensor_map.index is None:
+                    gradients[name] = whole.clone()
+                else:  # of a stack, in which the others are not filled
+                    gradients[f"{name}[{tensor_map.index}]"] = whole[tensor_map.index].clone()
     return gradients
 
 

@@ -4,6 +4,8 @@ Started with CUDA_VISIBLE_DEVICES empty, that is the curve of a machine without 
 """
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,17 @@ def curve(checkpoint: Path, groups: Any, dtype: Dtype, adam: AdamImplementation,
         optimizer.zero_grad()
         losses.append(forward_backward(policy, batch.rows, objective)["sft/loss"].value)
         assert optimizer.step().finite
+    return losses
+
+
+def curve_of_the_host(checkpoint: Path) -> list[float]:
+    """The curve of float32 in a process that sees no GPU."""
+    command = [sys.executable, "-m", "tests.gpu.curve", str(checkpoint)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    losses: list[float] = json.loads(ended.stdout.strip().splitlines()[-1])
+    assert losses[-1] < 0.8 * losses[0], "something was learned"
     return losses
 
 

@@ -1,9 +1,5 @@
 """Training on a GPU follows the run of a machine without one: bfloat16, FP8, each library's Adam."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +7,13 @@ import pytest
 
 from megatron_rl.config.schema import AdamImplementation, Dtype, Fp8Format, LayerSpec
 from tests.gpu.conftest import needs
-from tests.gpu.curve import curve
+from tests.gpu.curve import curve, curve_of_the_host
 
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> list[float]:
     """The curve of float32 on the host."""
-    command = [sys.executable, "-m", "tests.gpu.curve", str(checkpoint)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    losses = json.loads(ended.stdout.strip().splitlines()[-1])
-    assert losses[-1] < 0.8 * losses[0], "something was learned"
-    return losses
+    return curve_of_the_host(checkpoint)
 
 
 def test_float32_on_the_device_is_float32_on_the_host(checkpoint: Path, groups: Any, expected: list[float]) -> None:

@@ -124,6 +124,7 @@ def test_an_engine_on_a_node_of_its_own(cluster: Cluster, tmp_path: Path) -> Non
         "parallel": {"tensor_model_parallel_size": 1},
         "rollout": {"placement": "disaggregated", "num_engines": 1},
         "train": {"num_steps": 6},
+        "sync": {"verify": "full", "transport": "network"},  # as between machines, which these two nodes are not
     }
     here = Run(tmp_path / "here", **sections).succeed()
     run = Run(tmp_path / "job", **sections)

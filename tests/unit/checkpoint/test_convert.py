@@ -71,10 +71,23 @@ def test_config_json_says_the_dtype(tmp_path: Path, hf_path: Path, converted: Pa
     half = Path(shutil.copytree(hf_path, tmp_path / "half"))
     config = json.loads((half / "config.json").read_text())
     (half / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    (half / "model.safetensors").unlink()  # else each tensor is written in the dtype that it has there
     megatron_to_hf(checkpoint=converted, hf_path=half, output=tmp_path / "back")
     written = load_file(tmp_path / "back" / "model.safetensors")
     for name, tensor in load_file(hf_path / "model.safetensors").items():
+        assert written[name].dtype is torch.bfloat16
         assert torch.equal(written[name], tensor.to(torch.bfloat16)), name
+
+
+def test_what_is_finer_than_config_json_says_stays_so(tmp_path: Path, hf_path: Path) -> None:
+    mixed = Path(shutil.copytree(hf_path, tmp_path / "mixed"))
+    change(mixed / "config.json", dtype="bfloat16")
+    tensors = load_file(mixed / "model.safetensors")
+    halved = {name: x if "norm" in name else x.to(torch.bfloat16) for name, x in tensors.items()}  # norms in float32
+    save_file(halved, mixed / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(hf_path=mixed, output=tmp_path / "megatron")
+    megatron_to_hf(checkpoint=tmp_path / "megatron", hf_path=mixed, output=tmp_path / "back")
+    assert files(tmp_path / "back") == files(mixed)
 
 
 def test_what_exists_is_never_replaced(tmp_path: Path, hf_path: Path, converted: Path) -> None:

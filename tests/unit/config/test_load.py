@@ -74,7 +74,7 @@ def test_relative_paths_of_data_stay_as_they_are(tmp_path: Path) -> None:
         (
             "sync: {zzz: 1}",
             "a.yaml: sync.zzz: unknown key; "
-            "allowed: bucket_megabytes, folder, timeout_seconds, verify, verify_tolerance",
+            "allowed: bucket_megabytes, transport, folder, delta, timeout_seconds, verify, verify_tolerance",
         ),
         ("optimizer: {lr: fast}", "a.yaml: optimizer.lr: given 'fast', allowed: a number"),
         ("optimizer: {lr: true}", "a.yaml: optimizer.lr: given True, allowed: a number"),

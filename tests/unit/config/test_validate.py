@@ -70,6 +70,11 @@ def test_what_is_sound_passes(empty: Path, keys: Sequence[str], world_size: int 
     [
         (["name=a/b"], "name: given 'a/b', allowed: letters, digits, '.', '_' and '-', the first a letter or digit"),
         (["name=.."], "name: given '..', allowed: letters"),
+        ([*RL, "sync.delta=0.1"], "sync.delta: given 0.1, allowed: 0 without rollout.placement=disaggregated"),
+        (
+            [*RL, "rollout.placement=disaggregated", "sync.delta=0.1", "sync.transport=process_group"],
+            "sync.delta: given 0.1, allowed: 0 with sync.transport=process_group, whose messages have one length",
+        ),
         (["train.micro_batch_tokens=0"], "train.micro_batch_tokens: given 0, allowed: [1, inf)"),
         (
             ["model.recompute_granularity=some"],

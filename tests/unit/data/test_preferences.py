@@ -76,6 +76,12 @@ def test_steps_end_where_their_last_tokens_are(tmp_path: Path) -> None:
     assert read.per_token["label"].tolist() == [0, 0, 0, 0, 1, 0, 0]
 
 
+def test_the_end_may_be_a_step_of_its_own(tmp_path: Path) -> None:
+    (judged,) = load_one(tmp_path, {"prompt": "ab", "response": ["xy", "<eos>"], "label": [True, False]})
+    assert judged.completion_ids == (*ids("xy"), EOS_TOKEN_ID)
+    assert (judged.step_ends, judged.step_labels) == ((1, 2), (1.0, 0.0))
+
+
 def test_a_policy_predicts_the_completion_and_a_reward_model_reads_its_end() -> None:
     judged = Judged((7, 8), (9, 5, 2), label=0.5)
     predicted, read = judged.to_predict(), judged.to_read()

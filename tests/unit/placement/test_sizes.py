@@ -71,6 +71,23 @@ def test_published_sizes(name: str, billions: int, active: int) -> None:
     assert abs(of_token / 1e9 - active) < 1.0
 
 
+@pytest.mark.parametrize(
+    ("name", "length", "tokens_per_second", "tflops"),
+    [
+        ("llama3_8b", 8192, 14451, 744),
+        ("llama3_70b", 8192, 1602, 719),
+        ("llama3_405b", 8192, 292, 737),
+        ("qwen3_30b_a3b", 4096, 28934, 666),
+        ("qwen3_235b_a22b", 4096, 5350, 792),
+    ],
+)
+def test_published_operations(name: str, length: int, tokens_per_second: float, tflops: float) -> None:
+    """Tokens and operations per second of a GPU, published side by side: NVIDIA Megatron-Bridge, performance summary,
+    container 25.11. Tokens are rounded to 1 in 292, operations to 1 in 666."""
+    flops = model_sizes(published(name)).training_flops([length]) / length
+    assert flops * tokens_per_second / 1e12 == pytest.approx(tflops, rel=5e-3)
+
+
 def config_of(**parallel: Any) -> Config:
     config = Config(name="a")
     for name, value in parallel.items():

@@ -44,7 +44,8 @@ def source(tmp_path: Path) -> Path:
     (folder / INDEX).write_text(json.dumps({"weight_map": files}))
     (folder / "config.json").write_text('{"a": 1}\n')
     (folder / "tokenizer.json").write_bytes(b"\x00\xff")
-    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"):
+        (folder / name).write_bytes(b"weights in another format")
     (folder / ".cache").mkdir()
     return folder
 
@@ -173,7 +174,7 @@ def test_a_tied_output_layer_may_be_stored_twice(source: Path):
 def test_one_file_has_no_index(tmp_path: Path, source: Path):
     write_hf_checkpoint(tmp_path / "new", tensors().items(), source=source)
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
-    # Everything of the source but its weights, their index, pickles and folders.
+    # Everything of the source but weights in any format, their index and folders.
     assert names == ["config.json", "model.safetensors", "tokenizer.json"]
     assert (tmp_path / "new" / "tokenizer.json").read_bytes() == b"\x00\xff"
     assert_equal(load_file(tmp_path / "new" / "model.safetensors"), tensors())
