@@ -25,6 +25,7 @@ NUM_STEPS = 60
 SUPERVISED: dict[str, dict[str, Any]] = {
     "data": {"train": "sft.jsonl", "eval": None, "max_prompt_tokens": 16},
     "evaluation": {"interval": 0},
+    "algorithm": {"kl": {"coefficient": 0.0}, "entropy_coefficient": 0.0},
     "train": {"num_steps": NUM_STEPS, "global_batch_size": 8, "micro_batch_tokens": 64},
     "parallel": {"tensor_model_parallel_size": 1, "data_parallel_size": 2},
     "checkpoint": {"save_interval": 2, "keep_last": 2},

@@ -14,9 +14,13 @@ SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 PROGRAM = """
 import os, sys, time
 task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
-file = f"starts_{os.environ['SLURM_PROCID']}_{task}"
-number = len(open(file).read()) if os.path.exists(file) else 0
-open(file, "a").write("x")
+def starts(rank):
+    file = f"starts_{rank}_{task}"
+    return len(open(file).read()) if os.path.exists(file) else 0
+number = starts(os.environ["SLURM_PROCID"])
+open(f"starts_{os.environ['SLURM_PROCID']}_{task}", "a").write("x")
+while min(starts(0), starts(1)) <= number:  # the first to fail ends the other, which must have been counted
+    time.sleep(0.01)
 print("rank", os.environ["SLURM_PROCID"], "of", os.environ["SLURM_NTASKS"], "on", os.environ["SLURMD_NODENAME"],
       *sys.argv[1:], flush=True)
 codes = [int(code) for code in os.environ["CODES"].split(",")]
@@ -99,6 +103,28 @@ def test_an_array_gives_each_task_its_settings(cluster: Cluster, tmp_path: Path)
     assert given == {
         f"job_{job}_0": "c.yaml seed=3 name=low lr=1\n",
         f"job_{job}_1": "c.yaml seed=3 name=high lr=2\n",
+    }
+
+
+def test_evaluations_and_conversions_are_jobs_too(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("import os, sys\nprint(os.environ['SLURM_PROCID'], *sys.argv[1:])")
+    program = {"MEGATRON_RL": f"{sys.executable} program.py"}
+    evaluate, convert = (str(SCRIPT.with_name(f"{name}.sbatch")) for name in ("evaluate", "convert"))
+    sets = ("c.yaml", "seed=3", "--", "name=low", "--", "name=high", "lr=2")
+    array = cluster.submit(
+        "--array=0-1", "--nodes=2", "--ntasks-per-node=1", "--output=evaluate_%a", evaluate, *sets,
+        cwd=tmp_path, **program,
+    )  # fmt: skip
+    one = cluster.submit("--output=convert", convert, "megatron-to-hf", "--output", "x", cwd=tmp_path, **program)
+    for job in (f"{array}_0", f"{array}_1", one):
+        assert cluster.wait(job)["JobState"] == "COMPLETED"
+    shown = {
+        name: sorted((tmp_path / name).read_text().splitlines()) for name in ("evaluate_0", "evaluate_1", "convert")
+    }
+    assert shown == {
+        "evaluate_0": [f"{rank} evaluate c.yaml seed=3 name=low" for rank in (0, 1)],
+        "evaluate_1": [f"{rank} evaluate c.yaml seed=3 name=high lr=2" for rank in (0, 1)],
+        "convert": ["0 convert megatron-to-hf --output x"],
     }
 
 
