@@ -79,7 +79,7 @@ def vllm_shards(
         elif module in ("embed_tokens", "lm_head"):
             out[name] = vocabulary(x)
         elif module in ("o_proj", "down_proj"):
-            out[name] = columns(x)
+            out[name] = columns(x) if x.ndim > 1 else x
         elif module in ("q_proj", "q_b_proj", "kv_b_proj") or (
             module == "up_proj" and f"{parent}.gate_proj.{last}" not in whole
         ):
