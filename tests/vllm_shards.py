@@ -55,7 +55,7 @@ def vllm_shards(
                 elif of_expert.ndim > 1:
                     out[f"{stack}.w2_weight[{number}]"] = columns(of_expert.T)
                 else:  # the ranks' outputs are summed, so one of them adds the bias
-                    out[f"{stack}.w2_bias[{number}]"] = of_expert * (rank == 0)
+                    out[f"{stack}.w2_bias[{number}]"] = of_expert if rank == 0 else np.zeros_like(of_expert)
         elif ".experts." in name:
             stack, number = parent.rsplit(".", 1)
             gate, up, down = (
