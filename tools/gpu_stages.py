@@ -347,13 +347,13 @@ def weight_sync(quick: bool) -> Figures:
         )
         orders = Orders.of(plan_sync(policy, trained, engines, bucket_bytes=256 << 20), 0, engines.expert_rows(0))
         transport = ProcessGroupTransport(policy.groups.world, timeout=timedelta(seconds=60), device=this_device())
-        exchange = Exchange(orders, transport)
+        exchange = Exchange(orders)
         version = 0
 
         def shards() -> None:
             nonlocal version
             version += 1
-            feed = lambda loader: exchange.run(policy.parameters, loader, version=version)  # noqa: E731
+            feed = lambda loader: exchange.run(policy.parameters, loader, transport, version=version)  # noqa: E731
             engine.load_shards(orders.shard, feed, version=version)
 
         def whole() -> None:
