@@ -55,7 +55,7 @@ def vllm_shards(
                 elif of_expert.ndim > 1:
                     out[f"{stack}.w2_weight[{number}]"] = columns(of_expert.T)
                 else:  # the ranks' outputs are summed, so one of them adds the bias
-                    out[f"{stack}.w2_bias[{number}]"] = of_expert * (rank == 0)
+                    out[f"{stack}.w2_bias[{number}]"] = of_expert if rank == 0 else np.zeros_like(of_expert)
         elif ".experts." in name:
             stack, number = parent.rsplit(".", 1)
             gate, up, down = (
@@ -79,7 +79,7 @@ def vllm_shards(
         elif module in ("embed_tokens", "lm_head"):
             out[name] = vocabulary(x)
         elif module in ("o_proj", "down_proj"):
-            out[name] = columns(x)
+            out[name] = columns(x) if x.ndim > 1 else x
         elif module in ("q_proj", "q_b_proj", "kv_b_proj") or (
             module == "up_proj" and f"{parent}.gate_proj.{last}" not in whole
         ):

@@ -8,7 +8,7 @@ how it is split, follows from the tensor's name by the rules below, for every de
     q_a_proj kv_a_proj_with_mqa         fused_qkv_a_proj, on every rank
     gate_proj up_proj                   gate_up_proj: each rank stacks its parts
     experts.N.gate_proj up_proj         row N of routed_experts.w13_weight; down_proj: of w2_weight
-    o_proj down_proj                    split by columns
+    o_proj down_proj                    split by columns, their biases on every rank
     embed_tokens lm_head                padded to a multiple of 64 rows, split by rows
     other *_proj, sinks                 split by rows
     norms, router                       on every rank
@@ -95,8 +95,8 @@ def _dense_map(name: str, shape: tuple[int, ...], shapes: Shapes, num_key_value_
         return gate_up(f"{owner}.gate_up_proj.{kind}", sibling["gate_proj"], sibling["up_proj"], shape)
     if layer in ("embed_tokens", "lm_head"):
         return _padded_vocabulary(name, shape)
-    if layer in ("o_proj", "down_proj") and len(shape) == 2:
-        return split(name, name, shape, dim=1)
+    if layer in ("o_proj", "down_proj"):
+        return split(name, name, shape, dim=1) if len(shape) == 2 else replicated(name, name, shape)
     if layer.endswith("_proj") and layer != "kv_a_proj_with_mqa" and kind in ("weight", "bias"):
         return split(name, name, shape, dim=0)
     if name.endswith(_SINKS):
