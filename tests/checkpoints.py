@@ -104,6 +104,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "head_dim": 32,
         "rms_norm_eps": 1e-5,  # as released; vLLM computes with that whatever the config says
+        "intermediate_size": 256,  # halves of 224 channels have no kernel in vLLM's CPU build
         "sliding_window": 8,
         "tie_word_embeddings": False,
         "rope_parameters": {**_YARN, "truncate": False},

@@ -17,7 +17,7 @@ import sys
 import time
 
 KINDS = ("local", "portable", "packed", "window", "interval")
-LOCAL_LIMIT_GB = 6.0
+LOCAL_LIMIT_GB = 10.0
 """Scores of more than this are not tried: heads x tokens^2 in float32, about four times over."""
 
 

@@ -27,6 +27,7 @@ class Stage:
 
     name: str
     modules: tuple[str, ...]
+    """Each has to be there, of 'a or b' one."""
     limit_s: float
     measures: str
 
@@ -42,7 +43,7 @@ STAGES = (
     Stage("weight_sync", ("megatron.core", "vllm"), 900, "policy to engine, GB/s against a copy on the device"),
     Stage(
         "batch_invariance",
-        ("megatron.core", "transformer_engine_torch", "vllm"),
+        ("megatron.core", "transformer_engine_torch", "vllm", "flash_attn_interface or flash_attn.cute"),
         1800,
         "cost of batch-invariant kernels, and what difference of log-probs remains",
     ),
@@ -73,7 +74,7 @@ def gpu_name() -> str | None:
 
 def missing(stage: Stage, gpu: str | None) -> str:
     """What keeps a stage from running; empty if nothing does."""
-    absent = [module for module in stage.modules if not _has(module)]
+    absent = [modules for modules in stage.modules if not any(map(_has, modules.split(" or ")))]
     return ", ".join(["no GPU"] * (gpu is None) + [f"{module} is not installed" for module in absent])
 
 

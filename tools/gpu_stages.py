@@ -206,15 +206,10 @@ def world() -> Any:
 
 def _train(quick: bool, *, length: int = 2048, changes: dict[str, Any] | None = None, **model: Any) -> Figures:
     """Utilisation of forward, backward and update, on packed rows of sequences of `length` tokens."""
-    import numpy as np
-
-    from megatron_rl.config.numerics import row_multiple
     from megatron_rl.config.schema import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig
-    from megatron_rl.data.samples import TrainingSequence
     from megatron_rl.engine.optimizer import Optimizer
     from megatron_rl.engine.policy import Policy
     from megatron_rl.engine.step import forward_backward
-    from megatron_rl.trainer.minibatch import MiniBatch
     from megatron_rl.trainer.objectives import SupervisedObjective
 
     # 18 bytes per parameter: weight, float32 gradient, float32 copy, two moments.
@@ -228,16 +223,7 @@ def _train(quick: bool, *, length: int = 2048, changes: dict[str, Any] | None = 
         settings = ModelConfig(hf_path=str(path), load_weights=False, recompute_granularity="selective", **model)
         policy = Policy(settings, groups, ParallelConfig())
         optimizer = Optimizer(OptimizerConfig(), policy, num_steps=1000)
-    rng = np.random.default_rng(0)
-    vocab = policy.hf["vocab_size"]
-    sequences = [
-        TrainingSequence(rng.integers(0, vocab, size=length + 1), np.ones(length, dtype=np.float32))
-        for _ in range(num_sequences)
-    ]
-    multiple = row_multiple(settings, ParallelConfig())
-    batch = MiniBatch.of(
-        sequences, range(num_sequences), groups, micro_batch_tokens=4 * length, pad_to_multiple=multiple
-    )
+    batch = _random_batch(policy, num_sequences, length)
     objective = SupervisedObjective(AlgorithmConfig(), batch.counts, token_sum_norm=1.0)
 
     def step() -> None:
@@ -266,6 +252,24 @@ def _train(quick: bool, *, length: int = 2048, changes: dict[str, Any] | None = 
         "peak_GiB": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0,
         "peak_of_the_step_GiB": extra / 2**30,
     }
+
+
+def _random_batch(policy: Any, num_sequences: int, length: int) -> Any:
+    """Sequences of `length` predicted tokens, four in a row."""
+    import numpy as np
+
+    from megatron_rl.data.samples import TrainingSequence
+    from megatron_rl.trainer.minibatch import MiniBatch
+
+    rng = np.random.default_rng(0)
+    sequences = [
+        TrainingSequence(rng.integers(0, policy.hf["vocab_size"], size=length + 1), np.ones(length, dtype=np.float32))
+        for _ in range(num_sequences)
+    ]
+    places = range(num_sequences)
+    return MiniBatch.of(
+        sequences, places, policy.groups, micro_batch_tokens=4 * length, pad_to_multiple=policy.row_multiple
+    )
 
 
 def _products_of_a_step(policy: Any, rows: Sequence[int]) -> float:
@@ -298,7 +302,8 @@ def train_fp8(quick: bool) -> Figures:
     """Utilisation with FP8 layers, by the best recipe that the GPU has."""
     from megatron_rl.config.schema import Fp8Format, Fp8Recipe
 
-    recipe = Fp8Recipe.mxfp8 if torch.cuda.get_device_capability() >= (10, 0) else Fp8Recipe.blockwise
+    recipes = ((10, 0), Fp8Recipe.mxfp8), ((9, 0), Fp8Recipe.blockwise), ((0, 0), Fp8Recipe.tensorwise)
+    recipe = next(recipe for oldest, recipe in recipes if torch.cuda.get_device_capability() >= oldest)
     return {"recipe": recipe.value} | _train(quick, fp8=Fp8Format.e4m3, fp8_recipe=recipe)
 
 
@@ -342,13 +347,13 @@ def weight_sync(quick: bool) -> Figures:
         )
         orders = Orders.of(plan_sync(policy, trained, engines, bucket_bytes=256 << 20), 0, engines.expert_rows(0))
         transport = ProcessGroupTransport(policy.groups.world, timeout=timedelta(seconds=60), device=this_device())
-        exchange = Exchange(orders, transport)
+        exchange = Exchange(orders)
         version = 0
 
         def shards() -> None:
             nonlocal version
             version += 1
-            feed = lambda loader: exchange.run(policy.parameters, loader, version=version)  # noqa: E731
+            feed = lambda loader: exchange.run(policy.parameters, loader, transport, version=version)  # noqa: E731
             engine.load_shards(orders.shard, feed, version=version)
 
         def whole() -> None:

@@ -13,10 +13,11 @@ from megatron_rl.checkpoint.folders import cannot_write
 from megatron_rl.config.errors import UserError
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.tensor_map import TensorMap
+from megatron_rl.weights.hf_checkpoint_files import HFCheckpointFiles
 from megatron_rl.weights.hf_files import begin, complete
-from megatron_rl.weights.hf_reader import HFCheckpointReader
 from megatron_rl.weights.local_shards import Place
-from megatron_rl.weights.safetensors_format import DTYPES, StoredTensor
+from megatron_rl.weights.safetensors_format import DTYPES
+from megatron_rl.weights.safetensors_header import StoredTensor
 from megatron_rl.weights.sharded_export import ExportPlan, ShardWriter
 from megatron_rl.weights.stored_forms import FLOATS
 
@@ -47,7 +48,7 @@ def checkpoint_dtype(hf: dict[str, Any], source: Path | None = None) -> torch.dt
 
 def _stored(source: Path) -> dict[str, StoredTensor]:
     """The tensors of the source; a config.json may come without any."""
-    return HFCheckpointReader(source).tensors if any(source.glob("*.safetensors")) else {}
+    return HFCheckpointFiles(source).tensors if any(source.glob("*.safetensors")) else {}
 
 
 def written_dtypes(source: Path, hf: dict[str, Any]) -> Callable[[str], torch.dtype]:

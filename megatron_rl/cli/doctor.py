@@ -16,7 +16,6 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.schema import AdamImplementation, ModelConfig
 from megatron_rl.models.capabilities import LIBRARIES, capabilities, installed_version
 from megatron_rl.models.choices import choose
-from megatron_rl.rollout.isolation import guest
 from megatron_rl.trainer.diagnosis import diagnosis
 from megatron_rl.trainer.run_directory import RunDirectory
 
@@ -52,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _compare_interfaces() -> int:
     import megatron_rl.device  # noqa: F401  (core's modules find the device that they run on)
     from megatron_rl.cli.interfaces import problems
+    from megatron_rl.rollout.isolation import guest  # imports torch, which no other command waits for
 
     with guest():
         count, found = problems()

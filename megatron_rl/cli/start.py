@@ -32,11 +32,13 @@ from megatron_rl.data.files import read_rows
 from megatron_rl.data.preferences import load_judgements
 from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.choices import asks_for_hardware, choose
-from megatron_rl.models.families import check_family
+from megatron_rl.models.families import check_family, family_of
 from megatron_rl.placement.layout import Layout, layout_of
 from megatron_rl.rewards.registry import resolve_rewards
+from megatron_rl.rollout.hosting import FOLDER_VARIABLE, end_hosts
 from megatron_rl.trainer.run_directory import RunDirectory
 from megatron_rl.trainer.tokenizer import load_tokenizer
+from megatron_rl.weights.hf_checkpoint_files import HFCheckpointFiles
 
 # Told to the ranks that are started here, so that not each of them reads all data twice.
 _DATA_CHECKED = "--data-checked"
@@ -72,7 +74,7 @@ def start(arguments: argparse.Namespace, import_work: Callable[[], Work], *, com
     job = slurm_task(config, os.environ, generates=generates)
     world_size = job.plan.num_ranks if job else int(variables["WORLD_SIZE"]) if variables else None
     validate(config, world_size=world_size, evaluates=evaluates)
-    check_family(read_json_object(Path(config.model.hf_path) / "config.json", "model.hf_path"))
+    check_model_files(Path(config.model.hf_path), weights=config.model.load_weights)
     resolve_rewards(config.rewards)
     layout = layout_of(config, world_size)
     rows = {} if arguments.data_checked else check_data(config, as_prompts=generates)
@@ -107,7 +109,21 @@ def _leave_before_the_first_step(number: int, frame: FrameType | None) -> None:
     """
     told = f"{signal.Signals(number).name} before the first step: nothing is lost; the same command starts again"
     print(f"megatron-rl: {told}", file=sys.stderr, flush=True)
+    if FOLDER_VARIABLE in os.environ:
+        end_hosts(Path(os.environ[FOLDER_VARIABLE]))
     os._exit(tell_exit_code(EXIT_RESUME))
+
+
+def check_model_files(folder: Path, *, weights: bool) -> None:
+    """Check config.json, and the headers of the weights, in the words of the model's family.
+
+    Raises:
+        UserError: the family cannot build the model, or the weights are not its.
+    """
+    hf = read_json_object(folder / "config.json", "model.hf_path")
+    check_family(hf)
+    if weights:
+        HFCheckpointFiles(folder).check(family_of(hf).tensor_maps(hf))
 
 
 def check_data(config: Config, *, as_prompts: bool) -> dict[str, int]:

@@ -413,6 +413,9 @@ class RolloutConfig:
     """Key-value cache of each rank on a CPU."""
     gpu_memory_utilization: float = 0.5
     """Part of a GPU's memory for the engine."""
+    offload_training: bool = False
+    """While engines inside the ranks generate, gradients give up their memory and the optimizer's state is on the host;
+    see `engine/offload.py`."""
     enforce_eager: bool = True
     """False lets vLLM compile and capture graphs: slower start, faster decoding."""
     quantization: QuantizedFormat | None = None

@@ -77,43 +77,10 @@ class Policy:
         self.hf: dict[str, Any] = self._model_config(read_json_object(self.hf_path / "config.json", "model.hf_path"))
         self.maps = family_of(self.hf).tensor_maps(self.hf)
         self.dtype = TORCH_DTYPES[model.params_dtype]
-        choices = choose(capabilities(), model, optimizer)
-        self.choices = choices
+        self.choices = choose(capabilities(), model, optimizer)
         self.row_multiple = row_multiple(model, parallel)
-        chosen = choices.transformer_fields(self.hf) | dict(
-            # Drawn by core, weights that are about to be read would cost the memory of whole float32 tensors.
-            perform_initialization=not model.load_weights,
-            sequence_parallel=parallel.sequence_parallel,
-            num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
-            num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
-            account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
-            account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
-            moe_enable_routing_replay=model.moe_routing_replay,
-            recompute_granularity=model.recompute_granularity,
-            recompute_method=model.recompute_method,
-            recompute_num_layers=model.recompute_num_layers,
-            **megatron_numerics(model),
-        )
-        if model.batch_invariant_mode:
-            batch_invariance.enable()
-            attention = dict(
-                attention_backend=AttnBackend.flash, flash_attention_version=choices.flash_attention_version
-            )
-            chosen |= known_arguments(TransformerConfig, dict(batch_invariant_mode=True, **attention))
-        self.config = transformer_config(self.hf, dtype=self.dtype, overrides=chosen | model.transformer_config)
-        use_te = choices.layer_spec is LayerSpec.transformer_engine
-        num_chunks = parallel.virtual_pipeline_model_parallel_size or 1
-        self.models: list[GPTModel] = [
-            build_gpt_model(
-                self.hf,
-                self.config,
-                use_transformer_engine=use_te,
-                pre_process=groups.is_first_stage and chunk == 0,
-                post_process=groups.is_last_stage and chunk == num_chunks - 1,
-                vp_stage=chunk if num_chunks > 1 else None,
-            )
-            for chunk in range(num_chunks)
-        ]
+        self.config = self._transformer_config(model, parallel)
+        self.models = self._build_models(parallel.virtual_pipeline_model_parallel_size or 1)
         if model.quantization is not None:
             if reason := refusal(model.quantization, self.maps):
                 raise UserError(f"model.quantization: given {model.quantization.value}; {reason}")
@@ -134,6 +101,47 @@ class Policy:
         self.chunks: list[Any] = (
             [DistributedDataParallel(self.config, ddp, model) for model in self.models] if trained else self.models
         )
+
+    def _transformer_config(self, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+        chosen = self.choices.transformer_fields(self.hf) | dict(
+            # Drawn by core, weights that are about to be read would cost the memory of whole float32 tensors.
+            perform_initialization=not model.load_weights,
+            sequence_parallel=parallel.sequence_parallel,
+            num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+            num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+            account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
+            account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
+            moe_enable_routing_replay=model.moe_routing_replay,
+            recompute_granularity=model.recompute_granularity,
+            recompute_method=model.recompute_method,
+            recompute_num_layers=model.recompute_num_layers,
+            **megatron_numerics(model),
+        )
+        if model.batch_invariant_mode:
+            batch_invariance.enable()
+            # Older cores have no choice of generations.
+            chosen |= known_arguments(
+                TransformerConfig,
+                dict(
+                    batch_invariant_mode=True,
+                    attention_backend=AttnBackend.flash,
+                    flash_attention_version=self.choices.flash_attention_version,
+                ),
+            )
+        return transformer_config(self.hf, dtype=self.dtype, overrides=chosen | model.transformer_config)
+
+    def _build_models(self, num_chunks: int) -> list[GPTModel]:
+        return [
+            build_gpt_model(
+                self.hf,
+                self.config,
+                use_transformer_engine=self.choices.layer_spec is LayerSpec.transformer_engine,
+                pre_process=self.groups.is_first_stage and chunk == 0,
+                post_process=self.groups.is_last_stage and chunk == num_chunks - 1,
+                vp_stage=chunk if num_chunks > 1 else None,
+            )
+            for chunk in range(num_chunks)
+        ]
 
     @cached_property
     def sizes(self) -> ModelSizes:

@@ -21,6 +21,7 @@ _TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
 and the L2 cache useful."""
 _MOST_COLUMNS = {"cpu": 2560, "cuda": 8192}
 """Columns of a tile: its weights are read by two products each time, and 2,560 rows of 896 float32 are 9 MB."""
+_FEW_ROWS = 4
 MOST_ROWS = {"cpu": 1024, "cuda": 4096}
 """Tokens of a chunk: the weight, and the gradient that is added to it, pass through the processor once per chunk."""
 
@@ -71,7 +72,12 @@ def product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
 
 def add_product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
     """out += a @ b; see `product`."""
-    if a.dtype == out.dtype:
+    if not a.is_cuda and len(a) < _FEW_ROWS:
+        # With so few rows a CPU's library adds up one term after another, and loses a digit over 4,000 of them.
+        rows = a.new_zeros(_FEW_ROWS, a.shape[1])
+        rows[: len(a)] = a
+        out.add_(torch.mm(rows, b)[: len(a)])
+    elif a.dtype == out.dtype:
         out.addmm_(a, b)
     else:
         out.add_(torch.mm(a, b, out_dtype=out.dtype))

@@ -14,6 +14,7 @@ from megatron_rl.data.packing import NEW_VALUES, PackedRow
 from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.engine.actor_critic import ActorCritic, Values
 from megatron_rl.engine.head import Extra
+from megatron_rl.engine.offload import TrainingMemory
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_outputs
 from megatron_rl.parallel.groups import Groups
@@ -92,6 +93,8 @@ class Reinforcement:
         engine = place_engine(config, layout, groups)
         self.worker = RolloutWorker(engine, rewards, layout, groups, config=config.rewards)
         self._sync = WeightSync(self.training, engine, layout, self.prompts)
+        offloads = rollout.offload_training
+        self._memory = [TrainingMemory(m.optimizer) for m in self.training.models.values()] if offloads else []
         self.training.after_rollback = self.sync_weights
         self.worker.bring_back = lambda: self._sync(self._sync.version)
 
@@ -102,6 +105,8 @@ class Reinforcement:
 
     def sync_weights(self, version: int | None = None) -> dict[str, float]:
         """Send the policy to the engines, under the number of steps that made it."""
+        for memory in self._memory:
+            memory.free()
         self.worker.engine.wake_up()
         return self._sync(self.training.state.step if version is None else version)
 
@@ -136,6 +141,8 @@ class Reinforcement:
         The old policy's are skipped where they are those of the first and only update, bit for bit.
         """
         self.worker.engine.sleep()
+        for memory in self._memory:
+            memory.take_back()
         sequences = [training_sequence(sample) for sample in samples]
         size = self.samples_per_update
         batches = [

@@ -106,12 +106,16 @@ class RemoteSync:
         return sorted(failures)
 
     def _give_orders(self) -> dict[int, Door] | str:
-        """Where the engine's ranks listen; or why it has no orders."""
-        if isinstance(self.engine, RemoteEngine) and not self._doors:
-            try:
+        """Where the engine's ranks listen; or why it cannot load, before anybody waits for it."""
+        if not isinstance(self.engine, RemoteEngine):
+            return {}
+        try:
+            if not self._doors:
                 self._doors = self.engine.give_orders(self._engine_orders, max_changed=self.config.delta)
-            except EngineLost as error:
-                return str(error)
+            elif not self.engine.answers():
+                return f"engine at {self.engine.server.address.host} port {self.engine.server.address.port}: no answer"
+        except EngineLost as error:
+            return str(error)
         return self._doors
 
     def _send(self, name: str, told: dict[str, Any], version: int, doors: Mapping[int, Door]) -> str | None:

@@ -14,7 +14,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
+from megatron_rl.weights.hf_checkpoint_files import INDEX
+
 # Weights in any format: beside new ones they would be old ones.
 _NOT_COPIED = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz"),

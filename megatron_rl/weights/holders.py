@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_rl.models.tensor_map import TensorMap
-from megatron_rl.weights.shard_plan import Entry, Ranks
+from megatron_rl.weights.entries import Entry, Ranks
 
 _EMBEDDING = "model.embed"
 """vLLM's embedding: embed_tokens, in GPT-OSS embedding."""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_rl.weights.checksum import byte_sum, checksum
 from megatron_rl.weights.delta import apply_changes, take_changes
-from megatron_rl.weights.shard_plan import ITEMSIZE, Slice
+from megatron_rl.weights.entries import ITEMSIZE
+from megatron_rl.weights.shard_plan import Slice
 
 _ALIGNMENT = 8
 _TRAILER_WORDS = 4

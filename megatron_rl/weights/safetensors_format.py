@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.config.errors import UserError
+from megatron_rl.weights.safetensors_header import StoredTensor
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,69 +34,24 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-"""The format's names; a tensor of another dtype is not read."""
+"""By the format's names."""
 _WRITTEN = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """What is written, in the order of a file."""
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    """Offset of its first byte in the file."""
-    num_bytes: int
-
-    def view(self) -> Tensor:
-        """The tensor, its pages read from the file when they are touched. The mapping ends with the last view of it."""
-        assert self.num_bytes, f"{self.file}: a tensor of shape {self.shape} holds nothing"
-        begin = self.start // _PAGE * _PAGE
-        with self.file.open("rb") as stream:
-            # A private mapping: torch wants memory that it could write to.
-            mapped = mmap.mmap(
-                stream.fileno(), self.start + self.num_bytes - begin, access=mmap.ACCESS_COPY, offset=begin
-            )
-        dtype = DTYPES[self.dtype]
-        count = self.num_bytes // dtype.itemsize
-        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=self.start - begin).view(self.shape)
-
-
-def stored_tensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file, by name, from its header.
-
-    Raises:
-        UserError: the file is truncated, or its header is damaged or does not describe its bytes.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else math.inf
-        if 8 + length > size:
-            raise UserError(f"{file}: not a complete safetensors file: {size} bytes end in its header")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(int(length)))
-            header.pop("__metadata__", None)
-            tensors = {name: _stored(file, 8 + int(length), entry) for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{file}: not a safetensors file: its header is damaged ({error})") from None
-    for name, tensor in tensors.items():
-        if tensor.start + tensor.num_bytes > size:
-            raise UserError(f"{file}: not a complete safetensors file: tensor '{name}' ends beyond its {size} bytes")
-        if tensor.dtype in DTYPES and tensor.num_bytes != math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize:
-            raise UserError(f"{file}: tensor '{name}' of shape {tensor.shape} has {tensor.num_bytes} bytes")
-    return tensors
-
-
-def _stored(file: Path, data: int, entry: dict[str, Any]) -> StoredTensor:
-    begin, end = (int(offset) for offset in entry["data_offsets"])
-    shape = tuple(int(size) for size in entry["shape"])
-    if not 0 <= begin <= end or min(shape, default=0) < 0:
-        raise ValueError(f"offsets {begin} to {end}, shape {shape}")
-    return StoredTensor(file, str(entry["dtype"]), shape, data + begin, end - begin)
+def mapped(stored: StoredTensor) -> Tensor:
+    """The tensor, its pages read from the file when they are touched. The mapping ends with the last view of it."""
+    assert stored.num_bytes, f"{stored.file}: a tensor of shape {stored.shape} holds nothing"
+    begin = stored.start // _PAGE * _PAGE
+    with stored.file.open("rb") as stream:
+        # A private mapping: torch wants memory that it could write to.
+        pages = mmap.mmap(
+            stream.fileno(), stored.start + stored.num_bytes - begin, access=mmap.ACCESS_COPY, offset=begin
+        )
+    dtype = DTYPES[stored.dtype]
+    count = stored.num_bytes // dtype.itemsize
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=stored.start - begin).view(stored.shape)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,15 @@ def test_distillation_and_smoothing_are_those_of_whole_distributions(
     assert found["grad_norm"] == pytest.approx(gradient_norm(loss, model), rel=1e-4)
 
 
+def clipped_surrogates(sequence: Any, logits: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+    """PPO's loss of the trained tokens of a sequence, clipped at 0.8 and 1.2."""
+    labels = torch.tensor(sequence.token_ids[1:])[trained, None]
+    log_probs = logits.log_softmax(1)[trained].gather(1, labels)[:, 0]
+    old, advantages = (torch.tensor(sequence.per_token[name])[trained] for name in ("old_log_probs", "advantages"))
+    ratio = (log_probs - old).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+
+
 def test_the_critic_on_the_backbone_trains_it(checkpoints: Checkpoints, reference: Results) -> None:
     """The clipped surrogate + c times half the squared error of a linear head, from transformers' hidden states."""
     model, outputs = of_transformers(checkpoints[0])
@@ -117,15 +126,30 @@ def test_the_critic_on_the_backbone_trains_it(checkpoints: Checkpoints, referenc
     policy, values = [], []
     for sequence, (hidden, logits) in zip(recorded_rollouts(), outputs, strict=True):
         trained = torch.tensor(sequence.loss_mask) > 0
-        labels = torch.tensor(sequence.token_ids[1:])[trained, None]
-        log_probs = logits.log_softmax(1)[trained].gather(1, labels)[:, 0]
-        old, advantages = (torch.tensor(sequence.per_token[n])[trained] for n in ("old_log_probs", "advantages"))
-        ratio = (log_probs - old).exp()
-        policy.append(-torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages))
-        values.append((hidden[trained] @ weight + bias - 3 * advantages).square() / 2)
+        policy.append(clipped_surrogates(sequence, logits, trained))
+        returns = 3 * torch.tensor(sequence.per_token["advantages"])[trained]
+        values.append((hidden[trained] @ weight + bias - returns).square() / 2)
     value = torch.cat(values).mean()
     loss, found = torch.cat(policy).mean() + SHARED_COEFFICIENT * value, reference["actor_critic"]
     assert found["value/loss"] == pytest.approx(float(value.detach()), rel=1e-5)
     assert found["policy/loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     assert found["grad_norm"] == pytest.approx(gradient_norm(loss, model, weight, bias), rel=1e-4)
     assert not math.isclose(found["grad_norm"], reference["ppo_clip"]["grad_norm"], rel_tol=0.1)
+
+
+def test_the_exact_kl_of_a_policy_gradient_is_of_whole_distributions(
+    checkpoints: Checkpoints, reference: Results
+) -> None:
+    model, students = of_transformers(checkpoints[0])
+    with torch.no_grad():
+        _, teachers = of_transformers(checkpoints[2])
+    losses, divergences = [], []
+    for sequence, (_, student), (_, teacher) in zip(recorded_rollouts(), students, teachers, strict=True):
+        trained = torch.tensor(sequence.loss_mask) > 0
+        p, q = student.log_softmax(1)[trained], teacher.log_softmax(1)[trained]
+        divergences.append((p.exp() * (p - q)).sum(1))
+        losses.append(clipped_surrogates(sequence, student, trained) + KL_COEFFICIENT * divergences[-1])
+    loss, found = torch.cat(losses).mean(), reference["ppo_exact_kl"]
+    assert found["policy/loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert found["policy/kl_ref"] == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(gradient_norm(loss, model), rel=1e-4)

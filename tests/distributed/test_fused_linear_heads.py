@@ -46,7 +46,7 @@ def check(name: str, example: Example, *, sequence_parallel: bool, temperature: 
             sequence_parallel=sequence_parallel,
             main_grad=main_grad,
             chunk_tokens=CHUNK,
-            chunk_columns=7,
+            chunk_columns=7 if len(example.weight) < 1000 else 500,
         )
         forward = list(watch.collectives)
         loss.backward()
@@ -134,7 +134,9 @@ def check_all(rank: int) -> list[Any]:
     shared = []
     example = Example.draw(NUM_TOKENS, 16, WIDTH, 41)
     smaller = Example.draw(NUM_TOKENS, 16, WIDTH, 30)
-    wide = Example.draw(8, 256, 4008, 4001, scale=4.0)
+    # 3 tokens are left for the second chunk. float32 logits of H = 256 are off by about 1e-6 where their standard
+    # deviation is 1, and so is what is made of them; with larger ones the output layer's own rounding is larger.
+    wide = Example.draw(8, 256, 4008, 4001, scale=1.0)
     long = Example.draw(64, 8, 512, 500)
     for sequence_parallel in (False, True):
         for name in HEADS:

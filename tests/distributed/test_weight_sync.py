@@ -48,6 +48,10 @@ def test_an_engine_of_two_ranks_holds_what_two_pipeline_stages_hold(tmp_path: Pa
     check("pp2", 2, [2], ["llama_one_group"], tmp_path)
 
 
+def test_an_engine_of_two_ranks_holds_the_experts_that_two_tensor_parallel_ranks_hold(tmp_path: Path) -> None:
+    check("tp2", 2, [2], ["qwen3_moe"], tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SHAPES)
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])

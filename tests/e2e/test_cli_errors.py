@@ -164,9 +164,15 @@ def _empty_data(folder: Path) -> None:
     (folder / "train.jsonl").write_text("")
 
 
+def _change_config(folder: Path) -> None:
+    file = folder / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 192}))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (_change_config, ["model/model.safetensors", "'model.layers.0.mlp.gate_proj.weight'", "implies (192, 96)"]),
         (_delete_weights, ["model.hf_path", "no weights in 'model'"]),
         (_cut_weights, ["model.hf_path", "model/model.safetensors is truncated"]),
         (_break_line, ["train.jsonl:2"]),

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ def root(tmp_path: Path) -> Path:
 def on_a_terminal(command: list[str]) -> str:
     """What it prints on a terminal; it has to succeed."""
     ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 120))  # a new one has no columns, and then a bar has no room
     shown = bytearray()
     with subprocess.Popen(command, stdout=its, stderr=its, stdin=its, close_fds=True) as process:
         os.close(its)

@@ -166,8 +166,9 @@ def test_a_quantised_checkpoint_computes_as_the_fake_quantised_policy(
 ) -> None:
     """Loaded in transformers it is the policy that was measured, up to a part of what quantisation costs.
 
-    Sums in another order put some activations of fp8 and int8 on the other side of a middle of the grid. transformers
-    has nvfp4 in bfloat16 alone, whose rounding moves log-probs of about 7 nats by some hundredths.
+    Sums in another order put some activations of fp8 on the other side of a middle of the grid. transformers has nvfp4
+    in bfloat16 alone, whose rounding moves log-probs of about 7 nats by some hundredths. It scales int8 activations by
+    2/255 of the largest, vLLM and ModelOpt by 1/127: another grid. int8 is held against vLLM, above and below.
     """
     assert 0.005 < moved[format]["log_prob_abs_diff_mean"] < LARGEST[format]
     dtype = torch.bfloat16 if format is QuantizedFormat.nvfp4 else torch.float32
@@ -182,14 +183,17 @@ def test_a_quantised_checkpoint_computes_as_the_fake_quantised_policy(
     cost = float((quantised - plain).abs().mean())
     assert 0.005 < cost < LARGEST[format]
     error = float((quantised - fake_quantized[format.value]).abs().mean())
+    if format is QuantizedFormat.int8:
+        assert error < 1.5 * cost, "the roundings of two grids add up as independent errors do, to sqrt(2)"
+        return
     assert error < 0.2 * cost + (0.03 if dtype is torch.bfloat16 else 0.0)
 
 
-def log_probs_of_vllm(rank: int, checkpoint: Path) -> list[float]:
+def log_probs_of_vllm(rank: int, checkpoint: Path, dtype: str) -> list[float]:
     """Log-probs of `SEQUENCES[2]` by an engine that was started with the checkpoint."""
     from megatron_rl.rollout.engine import RolloutEngine
 
-    engine = RolloutEngine(model_path=checkpoint, dtype="float32", max_model_len=64, kv_cache_gigabytes=0.02)
+    engine = RolloutEngine(model_path=checkpoint, dtype=dtype, max_model_len=64, kv_cache_gigabytes=0.02)
     ((*found,),) = engine.log_probs([SEQUENCES[2]])
     return found
 
@@ -202,10 +206,12 @@ def test_vllm_serves_a_quantised_checkpoint(
     moved: dict[QuantizedFormat, dict[str, float]],
     fake_quantized: dict[str, Tensor],
 ) -> None:
-    """vLLM has no nvfp4 on a CPU."""
-    (found,) = run_ranks(log_probs_of_vllm, 1, run_folder / format.value, timeout_s=240.0)
+    """On a CPU vLLM has no nvfp4, and int4 in bfloat16 alone, whose own rounding is some hundredths of a nat."""
+    in_bfloat16 = format is QuantizedFormat.int4
+    dtype = "bfloat16" if in_bfloat16 else "float32"
+    (found,) = run_ranks(log_probs_of_vllm, 1, run_folder / format.value, dtype, timeout_s=240.0)
     error = float((torch.tensor(found) - fake_quantized[format.value]).abs().mean())
-    assert error < 0.2 * moved[format]["log_prob_abs_diff_mean"]
+    assert error < 0.2 * moved[format]["log_prob_abs_diff_mean"] + 0.03 * in_bfloat16
 
 
 def test_a_checkpoint_that_is_not_there_is_a_users_mistake(run_folder: Path) -> None:

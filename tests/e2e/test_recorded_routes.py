@@ -14,7 +14,9 @@ LARGEST_MISMATCH = 1e-3
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "parallel", [{"expert_model_parallel_size": 2}, {"context_parallel_size": 2}], ids=["ep2", "cp2"]
+    "parallel",
+    [{"expert_model_parallel_size": 2, "data_parallel_size": 2}, {"context_parallel_size": 2}],
+    ids=["ep2", "cp2"],
 )
 def test_a_run_follows_them(tmp_path: Path, parallel: dict[str, int]) -> None:
     run = Run(

@@ -227,7 +227,7 @@ def test_a_trainer_that_is_killed_in_the_middle_of_a_synchronisation(tmp_path: P
 
 
 def wait_for(what: Callable[[], bool], process: "subprocess.Popen[str] | None" = None) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not what():
         assert process is None or process.poll() is None, process.communicate()[1][-4000:]
         assert time.monotonic() < deadline

@@ -38,7 +38,9 @@ def curve(checkpoint: Path, groups: Any, dtype: Dtype, adam: AdamImplementation,
     # Updates above the steps of bfloat16 at the size of the weights, about 5e-4: smaller ones would be rounded away.
     optimizer = Optimizer(OptimizerConfig(lr=1e-3, implementation=adam), policy, num_steps=NUM_STEPS)
     sequences = recorded_rollouts()
-    batch = MiniBatch.of(sequences, range(len(sequences)), groups, micro_batch_tokens=256, pad_to_multiple=1)
+    batch = MiniBatch.of(
+        sequences, range(len(sequences)), groups, micro_batch_tokens=256, pad_to_multiple=policy.row_multiple
+    )
     objective = SupervisedObjective(AlgorithmConfig(), batch.counts, token_sum_norm=16.0)
     losses = []
     for _ in range(NUM_STEPS):

@@ -35,7 +35,8 @@ def test_without_a_gpu_every_stage_is_reported_by_name() -> None:
 def test_what_a_stage_lacks() -> None:
     stage = Stage("x", ("json", "no_such_module", "no_such.module"), 1.0, "")
     assert missing(stage, None) == "no GPU, no_such_module is not installed, no_such.module is not installed"
-    assert missing(Stage("x", ("json",), 1.0, ""), "H200") == ""
+    assert missing(Stage("x", ("json", "no_such_module or json"), 1.0, ""), "H200") == ""
+    assert missing(Stage("x", ("nowhere or no.where",), 1.0, ""), "H200") == "nowhere or no.where is not installed"
 
 
 def test_a_stage_that_fails_or_hangs_is_an_outcome(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         gpu_qualify.main(["--stages", "testz"])
     assert caught.value.code == 2
-    assert "given 'testz', allowed: tests, log_prob_head" in capsys.readouterr().err
+    assert "given 'testz', allowed: tests, curve, log_prob_head" in capsys.readouterr().err
 
 
 def test_results_are_readable() -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.models.tensor_map import TensorMap, gate_up, of_expert, qkv, replicated, split, vocabulary
-from megatron_rl.weights import shard_plan
+from megatron_rl.weights import shares
 from megatron_rl.weights.engine_table import engine_maps, hf_shapes
 from megatron_rl.weights.holders import EngineRanks, TrainedRanks, even_stages
 from megatron_rl.weights.shard_plan import ShardPlan
@@ -263,7 +263,7 @@ def test_replicas_share_the_work(case: Case, seed: int) -> None:
         engines, expert_parallel=engines.expert_parallel and model.experts >= engines.num_engines * size
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_plan, "_MIN_CUT_BYTES", 1)
+        patch.setattr(shares, "_MIN_CUT_BYTES", 1)
         plan = dataclasses.replace(case, model=model, engines=engines, bucket_bytes=10**9).plan()
         sent: Counter[int] = Counter()
         for (sender, _), n in plan.traffic().items():
