@@ -5,14 +5,13 @@ import torch, Megatron and vLLM inside `run`, so that help and errors come at on
 """
 
 import argparse
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_rl import __version__
 from megatron_rl.cli import convert, doctor, evaluate, launch_slurm, plan, quantize, report, train
+from megatron_rl.cli.rank_environment import tell_exit_code
 from megatron_rl.config.errors import EXIT_RESUME, Interrupted, UserError
 
 USER_ERROR = 2
@@ -34,19 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except UserError as error:
         print(f"megatron-rl: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return _told(USER_ERROR)
+        return tell_exit_code(USER_ERROR)
     except Interrupted as interrupted:
         if os.environ.get("RANK", "0") == "0":
             print(f"megatron-rl: {interrupted}; the same command goes on from there", file=sys.stderr)
-        return _told(EXIT_RESUME)
-
-
-def _told(code: int) -> int:
-    """Leave the code where a job script looks for it: of many ranks, the launcher's own tells only the highest."""
-    if "MEGATRON_RL_ATTEMPT_LOGS" in os.environ:
-        with contextlib.suppress(OSError):
-            Path(os.environ["MEGATRON_RL_ATTEMPT_LOGS"], "exit_code").write_text(f"{code}\n")
-    return code
+        return tell_exit_code(EXIT_RESUME)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -4,9 +4,12 @@ torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. srun se
 same five follow with no message between the ranks. Functions take the environment as an argument and return values.
 """
 
+import contextlib
+import os
 import re
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 from megatron_rl.config.errors import UserError
 
@@ -105,6 +108,14 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         # Linux starts to take ports for outgoing connections.
         "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + (job * 31 + step) % 12000),
     }
+
+
+def tell_exit_code(code: int) -> int:
+    """Leave the code where a job script looks for it: of many ranks, the launcher's own tells only the highest."""
+    if "MEGATRON_RL_ATTEMPT_LOGS" in os.environ:
+        with contextlib.suppress(OSError):
+            Path(os.environ["MEGATRON_RL_ATTEMPT_LOGS"], "exit_code").write_text(f"{code}\n")
+    return code
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -12,15 +12,17 @@ they wait for each other.
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from megatron_rl.cli.launch_local import launch
-from megatron_rl.cli.rank_environment import free_port, rank_of_this_machine, rank_variables
+from megatron_rl.cli.rank_environment import free_port, rank_of_this_machine, rank_variables, tell_exit_code
 from megatron_rl.cli.slurm_task import slurm_task
-from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.errors import EXIT_RESUME, ConfigError
 from megatron_rl.config.hf_checkpoint import read_json_object
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, Recipe
@@ -33,6 +35,7 @@ from megatron_rl.models.choices import asks_for_hardware, choose
 from megatron_rl.models.families import check_family, family_of
 from megatron_rl.placement.layout import Layout, layout_of
 from megatron_rl.rewards.registry import resolve_rewards
+from megatron_rl.rollout.hosting import FOLDER_VARIABLE, end_hosts
 from megatron_rl.trainer.run_directory import RunDirectory
 from megatron_rl.trainer.tokenizer import load_tokenizer
 from megatron_rl.weights.hf_checkpoint_files import HFCheckpointFiles
@@ -81,6 +84,9 @@ def start(arguments: argparse.Namespace, import_work: Callable[[], Work], *, com
     if job and job.engine is not None:
         job.keep_engine(config)
         return 0
+    if variables is not None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, _leave_before_the_first_step)
     if asks_for_hardware(config):
         choose(capabilities(), config.model, config.optimizer.implementation)
     is_first = (variables or {"RANK": "0"})["RANK"] == "0"
@@ -94,6 +100,18 @@ def start(arguments: argparse.Namespace, import_work: Callable[[], Work], *, com
     with job.as_rank() if job else contextlib.nullcontext():
         import_work()(config, layout)
     return 0
+
+
+def _leave_before_the_first_step(number: int, frame: FrameType | None) -> None:
+    """Told to stop while the rank still starts: there is nothing to save, and another start to ask for.
+
+    At once: what is imported or waited for here may catch any exception. The trainer takes the signals over later.
+    """
+    told = f"{signal.Signals(number).name} before the first step: nothing is lost; the same command starts again"
+    print(f"megatron-rl: {told}", file=sys.stderr, flush=True)
+    if FOLDER_VARIABLE in os.environ:
+        end_hosts(Path(os.environ[FOLDER_VARIABLE]))
+    os._exit(tell_exit_code(EXIT_RESUME))
 
 
 def check_model_files(folder: Path, *, weights: bool) -> None:

@@ -4,9 +4,12 @@ Each kill is SIGKILL to the launcher, the ranks and all that they started, while
 What is compared are all metrics but times, all logged rollouts, and the bytes of the exported weights.
 """
 
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,3 +151,26 @@ def test_told_to_stop_a_run_saves_and_goes_on_later(tmp_path: Path) -> None:
     assert sorted(path.name for path in run.directory.checkpoints_dir.glob("iter_*")) == ["iter_0000002"]
     run.succeed()
     assert_equals_the_undisturbed(run)
+
+
+def test_told_to_stop_before_the_first_step_a_rank_asks_for_another_start(tmp_path: Path) -> None:
+    """It waits for a rank that never comes; the job script finds the code where it looks for it."""
+    run = Run(tmp_path)
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29"}
+    command = [sys.executable, "-m", "megatron_rl", "train", "run.yaml"]
+    environment = os.environ | place | {"MEGATRON_RL_ATTEMPT_LOGS": str(tmp_path)}
+    process = subprocess.Popen(
+        command, cwd=run.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "runs/run: rl on 2 ranks = tensor 2 x pipeline 1 x data 1\n"
+        process.send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == EXIT_RESUME
+    assert errors.rpartition("megatron-rl: ")[2] == (
+        "SIGUSR1 before the first step: nothing is lost; the same command starts again\n"
+    )
+    assert (tmp_path / "exit_code").read_text() == f"{EXIT_RESUME}\n"

@@ -78,8 +78,8 @@ def test_the_job_ends_as_the_undisturbed_run(
 
 def test_before_the_time_limit_the_job_saves_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
     run = Run(tmp_path, checkpoint={"save_interval": 0})  # nothing is saved but at the end, or when told to
-    # A limit of a minute, the shortest there is; told 30 s after the start. Each step takes 6 s or more.
-    job = submit(cluster, run, "--time=1", "--signal=USR1@30", RUN_SLEEPS="0.5")
+    # Told 90 s after the start; the four steps take 24 s each or more. An attempt may also be told while it starts.
+    job = submit(cluster, run, "--time=3", "--signal=USR1@90", RUN_SLEEPS="4")
     ended = cluster.wait(job, timeout_s=900.0)
     assert ended["JobState"] == "COMPLETED"
     assert int(ended["Restarts"]) >= 1
