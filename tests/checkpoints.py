@@ -87,6 +87,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_shared_experts": 2,
         "num_experts_per_tok": 3,
         "topk_method": "greedy",
+        "n_group": 1,  # as released; vLLM's router on a CPU wants both
+        "topk_group": 1,
         "routed_scaling_factor": 1.5,
     },
     "deepseek_v3": {

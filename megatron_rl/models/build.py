@@ -14,6 +14,8 @@ from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_rl.config.errors import UserError
@@ -137,6 +139,8 @@ def build_gpt_model(
         **family_of(hf).gpt_fields(hf),
     )
     model = GPTModel(**known_arguments(GPTModel.__init__, arguments))
+    if not config.perform_initialization:
+        _mark_shards(model)
     _reduce_over_experts_ranks(model)
     _set_rotary_frequencies(model, rope_parameters(hf))
     return model.cuda() if HAS_CUDA else model
@@ -158,6 +162,20 @@ def _reduce_over_experts_ranks(model: GPTModel) -> None:
         if ".mlp.experts." in name:
             parameter.allreduce = False
             parameter.tensor_model_parallel = True
+
+
+def _mark_shards(model: GPTModel) -> None:
+    """Mark the weights that tensor-parallel ranks share, which core does where it draws them.
+
+    By the mark the norm of the gradient knows which weights it must take from every rank, and which from the first.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or hasattr(weight, "tensor_model_parallel"):
+            continue
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def _set_rotary_frequencies(model: GPTModel, rope: dict[str, Any]) -> None:

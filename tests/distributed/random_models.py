@@ -92,7 +92,7 @@ def _experts(draw: st.DrawFn, family: str, tp: int, stage_ranks: int, fields: di
     count = ep * draw(st.integers(1, 3) if ep > 1 else st.integers(2, 5))
     name = next((n for n in ("num_local_experts", "n_routed_experts") if n in FAMILIES[family]), "num_experts")
     fields[name] = count
-    fewest = 1 if family.startswith("deepseek") else 2  # core wants two where the softmax goes over the chosen ones
+    fewest = 1 if family == "deepseek_v2" else 2  # two where the weights of the chosen ones are to add up to 1
     fields["num_experts_per_tok"] = draw(st.integers(fewest, min(3, count)))
     if "moe_intermediate_size" in FAMILIES[family]:
         fields["moe_intermediate_size"] = draw(st.sampled_from([12, 28]))

@@ -12,7 +12,7 @@ def gpt_fields(hf: dict[str, Any]) -> dict[str, Any]:
     return decoder.gpt_fields(hf) | dict(position_embedding_type="rope", rotary_percent=1.0)
 
 
-def transformer_fields(hf: dict[str, Any], *, grouped: bool, group_scores: int) -> dict[str, Any]:
+def transformer_fields(hf: dict[str, Any], *, grouped: bool, group_scores: int, normalized: bool) -> dict[str, Any]:
     """TransformerConfig fields.
 
     Args:
@@ -20,6 +20,7 @@ def transformer_fields(hf: dict[str, Any], *, grouped: bool, group_scores: int) 
         grouped: whether the router first chooses groups of experts.
         group_scores: number of a group's best scores that the family adds up to choose groups. Core adds up
             num_experts_per_tok / topk_group of them.
+        normalized: see `experts.transformer_fields`.
 
     Raises:
         UserError: an option that core's router does not have.
@@ -41,7 +42,7 @@ def transformer_fields(hf: dict[str, Any], *, grouped: bool, group_scores: int) 
     return (
         decoder.transformer_fields(hf)
         | latent_attention.transformer_fields(hf)
-        | experts.transformer_fields(hf, ffn=hf["moe_intermediate_size"])
+        | experts.transformer_fields(hf, ffn=hf["moe_intermediate_size"], normalized=normalized)
         | routed
     )
 

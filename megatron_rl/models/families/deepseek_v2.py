@@ -18,5 +18,5 @@ def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
         decoder.refuse(hf, topk_method="greedy")
     decoder.refuse(hf, norm_topk_prob=False, scoring_func="softmax")
     # A group's score is its best expert's.
-    fields = deepseek.transformer_fields(hf, grouped=method == "group_limited_greedy", group_scores=1)
+    fields = deepseek.transformer_fields(hf, grouped=method == "group_limited_greedy", group_scores=1, normalized=False)
     return fields | dict(moe_router_pre_softmax=True)

@@ -20,7 +20,7 @@ def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
     """TransformerConfig fields. Raises UserError for a router that core does not have."""
     decoder.refuse(hf, norm_topk_prob=True, scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=True)
     # A group's score is the sum of its two best experts'.
-    fields = deepseek.transformer_fields(hf, grouped=(hf.get("n_group") or 1) > 1, group_scores=2)
+    fields = deepseek.transformer_fields(hf, grouped=(hf.get("n_group") or 1) > 1, group_scores=2, normalized=True)
     return fields | dict(
         moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.0
     )

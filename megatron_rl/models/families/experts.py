@@ -26,8 +26,8 @@ def transformer_fields(hf: dict[str, Any], *, ffn: int, normalized: bool = False
     Args:
         hf: config.json.
         ffn: channels of an expert.
-        normalized: whether the softmax goes over the chosen experts alone. Of one it would be 1, whatever its score,
-            and the router would learn nothing: core refuses that.
+        normalized: whether the weights of the chosen experts are made to add up to 1. The weight of one alone would be
+            1, whatever its score, and the router would learn nothing: core does not do that.
 
     Raises:
         UserError: no experts, or a token sees too few of them, or more than there are.

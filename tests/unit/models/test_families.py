@@ -122,6 +122,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (GPT_OSS, {"swiglu_alpha": 2.0}, "swiglu_alpha: 2.0 in .* allowed: 1.702"),
         (GPT_OSS, {"rope_scaling": {**YARN, "attention_factor": 1.2}}, "attention_factor 1.2 is not supported"),
         (GPT_OSS, {"rope_scaling": {"rope_type": "yarn"}}, "factor of the rope_type yarn .* given None"),
+        (
+            DEEPSEEK_V3 | {"n_group": 1},
+            {"num_experts_per_tok": 1},
+            r"num_experts_per_tok: 1 in .* allowed: an integer in \[2, 8\]",
+        ),
         (DEEPSEEK_V3, {"n_group": 3}, "n_group: 3 in .* allowed: a divisor of the 8 experts"),
         (DEEPSEEK_V3, {"topk_group": 5}, r"topk_group: 5 in .* allowed: an integer in \[1, 4\]"),
         (DEEPSEEK_V3, {"topk_group": 1}, "num_experts_per_tok: 4 in .* topk_group 1 is not supported; allowed: 2"),

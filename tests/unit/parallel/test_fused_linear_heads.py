@@ -196,6 +196,19 @@ def test_no_tensor_holds_the_logits(name: str) -> None:
     assert watch.largest == (weight_or_hidden if name == "two_pass" else 32 * 512)
 
 
+@both_heads
+def test_memory_does_not_grow_with_the_tokens(name: str) -> None:
+    """From 1k to 64k tokens, V = 1024: the largest tensor stays the buffer of a chunk, 1M elements or two of these,
+    beside inputs and statistics of 4 numbers per token."""
+    largest = []
+    for num_tokens in (1024, 65536):
+        example = Example.draw(num_tokens, 4, 1024, 1024)
+        with Watch() as watch:
+            run(HEADS[name], example, losses=lambda log_probs, entropy, tokens: -log_probs)
+        largest.append(watch.largest)
+    assert largest[0] == largest[1] <= 2 * 2**20
+
+
 def test_a_forward_pass_without_gradient_keeps_nothing() -> None:
     example = Example.draw(64, 16, 512, 512)
     kept: list[torch.Tensor] = []
