@@ -90,7 +90,6 @@ class Policy:
         self.routing = RoutingReplay(self.models, groups)
         self.parameters = local_parameters(self.models)
         check_table(self.parameters, self.maps, Place.of(groups))
-        self._mark_split_parameters()
         if model.load_weights:
             self.load_hf_weights(self.hf_path)
         ddp = DistributedDataParallelConfig(
@@ -102,16 +101,6 @@ class Policy:
         self.chunks: list[Any] = (
             [DistributedDataParallel(self.config, ddp, model) for model in self.models] if trained else self.models
         )
-
-    def _mark_split_parameters(self) -> None:
-        """Say which parameters the ranks hold parts of. Core says so only where it draws a weight itself; its gradient
-        norm counts what is not marked on the first rank alone, as if all ranks held the same."""
-        for tensor_map in self.maps:
-            parameter = self.parameters.get(tensor_map.name)
-            if parameter is not None and not tensor_map.replicated:
-                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-                parameter.partition_dim = tensor_map.dim  # type: ignore[attr-defined]
-                parameter.partition_stride = 1  # type: ignore[attr-defined]
 
     def _transformer_config(self, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
         chosen = self.choices.transformer_fields(self.hf) | dict(
