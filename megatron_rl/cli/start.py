@@ -26,7 +26,8 @@ from megatron_rl.config.errors import EXIT_RESUME, ConfigError
 from megatron_rl.config.hf_checkpoint import read_json_object
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, Recipe
-from megatron_rl.config.validate import longest_sequence, validate
+from megatron_rl.config.validate import validate
+from megatron_rl.config.world import longest_sequence
 from megatron_rl.data.datasets import load_prompts, load_sft
 from megatron_rl.data.files import read_rows
 from megatron_rl.data.preferences import load_judgements

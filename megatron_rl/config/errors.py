@@ -5,6 +5,9 @@ shows one as a single line and exits with code 2; any other exception is ours an
 no error: a scheduler wants its nodes back.
 """
 
+from enum import Enum
+from typing import NoReturn
+
 
 class UserError(ValueError):
     """A mistake in what was given. The message is one line: what was given, what is allowed, the key or file."""
@@ -12,6 +15,18 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A configuration that cannot be run."""
+
+
+def shown(value: object) -> str:
+    """A given value as error messages show it: one line, not long."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def refuse(key: str, given: object, allowed: str) -> NoReturn:
+    """Raise ConfigError: the dotted key, what was given, what is allowed."""
+    value = given.value if isinstance(given, Enum) else shown(given)
+    raise ConfigError(f"{key}: given {value}, allowed: {allowed}")
 
 
 EXIT_RESUME = 75

@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.errors import ConfigError, shown
 from megatron_rl.config.schema import Config
 
 _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -52,12 +52,6 @@ def save_config(config: Config, path: Path | str) -> None:
     """Write the resolved configuration as YAML that `load_config` reads back to an equal `Config`."""
     text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
-
-
-def shown(value: object) -> str:
-    """A given value as error messages show it: one line, not long."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _layers(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,12 +3,10 @@
 Pure, and without a GPU: what a machine lacks is said by `models/choices.py`.
 """
 
-from enum import Enum
 from typing import Any
 
-from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.errors import refuse, shown
 from megatron_rl.config.hf_checkpoint import ModelShape
-from megatron_rl.config.load import shown
 from megatron_rl.config.schema import (
     Config,
     Dtype,
@@ -69,7 +67,7 @@ def check_numerics(config: Config) -> None:
     _check_quantization(config)
     if config.model.batch_invariant_mode and config.parallel.context_parallel_size > 1:
         allowed = "1 with model.batch_invariant_mode: attention over several ranks has other kernels"
-        _refuse("parallel.context_parallel_size", config.parallel.context_parallel_size, allowed)
+        refuse("parallel.context_parallel_size", config.parallel.context_parallel_size, allowed)
 
 
 def check_fp8_shapes(config: Config, shape: ModelShape) -> None:
@@ -83,15 +81,15 @@ def check_fp8_shapes(config: Config, shape: ModelShape) -> None:
     }
     for name, size in sides.items():
         if size % multiple:
-            _refuse("model.fp8", config.model.fp8, f"null: {name} is {size}, and FP8 needs a multiple of {multiple}")
+            refuse("model.fp8", config.model.fp8, f"null: {name} is {size}, and FP8 needs a multiple of {multiple}")
     stage = shape.num_hidden_layers // config.parallel.pipeline_model_parallel_size
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         if config.model.first_last_layers_bf16 and getattr(config.model, name) > stage:
-            _refuse(f"model.{name}", getattr(config.model, name), f"at most {stage}, the layers of a pipeline stage")
+            refuse(f"model.{name}", getattr(config.model, name), f"at most {stage}, the layers of a pipeline stage")
     kept = config.model.num_layers_at_start_in_bf16 + config.model.num_layers_at_end_in_bf16
     if config.model.first_last_layers_bf16 and kept >= shape.num_hidden_layers:
         given = f"{kept} layers in bfloat16"
-        _refuse("model.first_last_layers_bf16", given, f"fewer than the model's {shape.num_hidden_layers} layers")
+        refuse("model.first_last_layers_bf16", given, f"fewer than the model's {shape.num_hidden_layers} layers")
 
 
 def _check_fp8(config: Config) -> None:
@@ -99,49 +97,44 @@ def _check_fp8(config: Config) -> None:
     if model.fp8 is None:
         for name, default in (("fp8_recipe", None), ("fp8_param", False), ("first_last_layers_bf16", False)):
             if getattr(model, name) != default:
-                _refuse(f"model.{name}", getattr(model, name), f"{shown(default)} without model.fp8")
+                refuse(f"model.{name}", getattr(model, name), f"{shown(default)} without model.fp8")
         return
     if model.params_dtype is not Dtype.bfloat16:
-        _refuse("model.params_dtype", model.params_dtype, "bfloat16 with model.fp8: what is not FP8 is bfloat16")
+        refuse("model.params_dtype", model.params_dtype, "bfloat16 with model.fp8: what is not FP8 is bfloat16")
     if model.layer_spec is LayerSpec.portable:
-        _refuse("model.layer_spec", model.layer_spec, "transformer_engine with model.fp8: its layers alone have FP8")
+        refuse("model.layer_spec", model.layer_spec, "transformer_engine with model.fp8: its layers alone have FP8")
     recipe = fp8_recipe(model)
     if recipe is Fp8Recipe.delayed and model.first_last_layers_bf16:
         allowed = (
             "tensorwise, blockwise, mxfp8 with first_last_layers_bf16: delayed scaling is one context for all layers"
         )
-        _refuse("model.fp8_recipe", recipe, allowed)
+        refuse("model.fp8_recipe", recipe, allowed)
     if model.fp8_param and not config.optimizer.use_distributed_optimizer:
-        _refuse(
+        refuse(
             "model.fp8_param", True, "false without optimizer.use_distributed_optimizer, which holds the float32 copy"
         )
     if model.fp8_param and recipe is Fp8Recipe.mxfp8:
-        _refuse("model.fp8_param", True, "false with fp8_recipe mxfp8: core then wants overlapped gathers, unused here")
+        refuse("model.fp8_param", True, "false with fp8_recipe mxfp8: core then wants overlapped gathers, unused here")
     if model.quantization is not None:
-        _refuse("model.quantization", model.quantization, "null with model.fp8: layers are quantised by one of the two")
+        refuse("model.quantization", model.quantization, "null with model.fp8: layers are quantised by one of the two")
     if config.algorithm.kl.coefficient and model.fp8_param:
-        _refuse("model.fp8_param", True, "false with algorithm.kl.coefficient: the reference is swapped in as bfloat16")
+        refuse("model.fp8_param", True, "false with algorithm.kl.coefficient: the reference is swapped in as bfloat16")
 
 
 def _check_quantization(config: Config) -> None:
     model, rollout = config.model, config.rollout
     others = "; `megatron-rl quantize` makes checkpoints of the others"
     if model.quantization is not None and model.quantization not in _TRAINABLE:
-        _refuse("model.quantization", model.quantization, f"fp8, int8{others}")
+        refuse("model.quantization", model.quantization, f"fp8, int8{others}")
     if rollout.quantization not in (None, QuantizedFormat.fp8_block, *_TRAINABLE):
-        _refuse("rollout.quantization", rollout.quantization, f"fp8, fp8_block, int8{others}")
+        refuse("rollout.quantization", rollout.quantization, f"fp8, fp8_block, int8{others}")
     if model.quantization is None:
         if rollout.quantization is not None and config.sync.verify is not SyncVerify.off:
             allowed = "off with rollout.quantization unless model.quantization is the same: log-probs differ"
-            _refuse("sync.verify", config.sync.verify.name, allowed)
+            refuse("sync.verify", config.sync.verify.name, allowed)
         return
     if config.recipe is Recipe.rl and rollout.quantization is not model.quantization:
-        _refuse("rollout.quantization", rollout.quantization, f"{model.quantization.value}, as model.quantization")
+        refuse("rollout.quantization", rollout.quantization, f"{model.quantization.value}, as model.quantization")
     if rollout.tensor_model_parallel_size > 1:
         allowed = "1 with model.quantization: vLLM scales what each of its ranks holds of a token's inputs on its own"
-        _refuse("rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size, allowed)
-
-
-def _refuse(key: str, given: object, allowed: str) -> None:
-    value = given.value if isinstance(given, Enum) else shown(given)
-    raise ConfigError(f"{key}: given {value}, allowed: {allowed}")
+        refuse("rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size, allowed)

@@ -6,8 +6,7 @@ also be null. A number without a range here fails the tests, so a new field cann
 
 import math
 
-from megatron_rl.config.errors import ConfigError
-from megatron_rl.config.load import shown
+from megatron_rl.config.errors import ConfigError, shown
 from megatron_rl.config.schema import Config
 
 RANGES = {

@@ -17,7 +17,7 @@ Engines are cut from the same line of ranks, by a size of their own: with engine
 from dataclasses import dataclass
 
 from megatron_rl.config.schema import Config, EnginePlacement
-from megatron_rl.config.validate import data_parallel_size
+from megatron_rl.config.world import data_parallel_size
 
 
 @dataclass(frozen=True)

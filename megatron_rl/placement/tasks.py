@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.schema import Config, EnginePlacement
-from megatron_rl.config.validate import data_parallel_size, replica_ranks
+from megatron_rl.config.world import data_parallel_size, replica_ranks
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config.schema import Config, EnginePlacement, RewardModelKind, RolloutConfig
-from megatron_rl.config.validate import longest_sequence
+from megatron_rl.config.world import longest_sequence
 from megatron_rl.device import HAS_CUDA
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout

@@ -9,7 +9,8 @@ from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.hf_checkpoint import SUPPORTED_ARCHITECTURES, ModelShape
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, ParallelConfig, Recipe
-from megatron_rl.config.validate import check_files, check_model, check_values, data_parallel_size, validate
+from megatron_rl.config.validate import check_files, check_model, check_values, validate
+from megatron_rl.config.world import data_parallel_size
 from megatron_rl.models.families import FAMILIES
 
 SHAPE = ModelShape(
