@@ -67,6 +67,8 @@ class EngineServer:
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
             "VLLM_NO_USAGE_STATS": "1",
+            # On a CPU vLLM would want a memory node for each of its ranks, and bind all engines to the same cores.
+            "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
         }
         if self._devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._devices)
