@@ -1,6 +1,6 @@
 """The portable attention beside Megatron's local one: time and memory of forward and backward, 1k to 16k tokens.
 
-    python tools/bench_attention.py [--lengths 1024 2048 4096 8192 16384] [--heads 8] [--groups 2] [--channels 64]
+    python -m tools.bench_attention [--lengths 1024 2048 4096 8192 16384] [--heads 8] [--groups 2] [--channels 64]
 
 Columns: `local` is Megatron's DotProductAttention, which holds the matrix of scores and takes no packed row; `portable`
 the same single sequence; `packed` a row of as many tokens in sequences of 512; `window` the same single sequence with a

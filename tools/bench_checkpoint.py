@@ -1,6 +1,6 @@
 """How long training stands still for a checkpoint: synchronous and asynchronous.
 
-    python tools/bench_checkpoint.py [--parameters-m 500] [--folder FOLDER] [--saves 3]
+    python -m tools.bench_checkpoint [--parameters-m 500] [--folder FOLDER] [--saves 3]
 
 One rank, a random Qwen3-style model with float32 weights and AdamW's two moments, a save after each of a few steps.
 "Stands still" is the time inside the call that saves, on the training thread. The first asynchronous save also pays for

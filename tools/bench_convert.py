@@ -1,6 +1,6 @@
 """Import and export of a generated 1.5B-parameter checkpoint at TP2: seconds, peak memory, the disk's copy speed.
 
-    python tools/bench_convert.py [--layers 28]
+    python -m tools.bench_convert [--layers 28]
 
 Two ranks build their part of the model, import its weights and export them again. Memory is what a process holds for
 itself (RssAnon of /proc/self/status, the page cache left out), at its peak while the model is built and imported, less

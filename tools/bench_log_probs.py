@@ -1,7 +1,7 @@
 """Times the log-prob head, forward and backward, and takes its memory: stored logits against the fused heads.
 
-    python tools/bench_log_probs.py [--tokens 1024] [--hidden 896] [--vocab 151936] [--threads 2]
-    python tools/bench_log_probs.py --growth    # memory of the fused heads from 1k to 64k tokens, small vocabulary
+    python -m tools.bench_log_probs [--tokens 1024] [--hidden 896] [--vocab 151936] [--threads 2]
+    python -m tools.bench_log_probs --growth    # memory of the fused heads from 1k to 64k tokens, small vocabulary
 
 All methods compute the mean log-prob of the labels and its gradient, by turns in one process per rank; `seconds` is the
 fastest of `--repeats`, `cpu` the least processor time of a rank's threads, which says more on a machine that is shared.

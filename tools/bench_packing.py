@@ -1,6 +1,6 @@
 """Packing and balancing on real lengths, and a training step on packed rows against padded ones.
 
-    python tools/bench_packing.py GSM8K.jsonl [--batch 1024] [--micro-batch-tokens 8192] [--no-step]
+    python -m tools.bench_packing GSM8K.jsonl [--batch 1024] [--micro-batch-tokens 8192] [--no-step]
 
 Lengths are those of GSM8K's questions and answers under a tokenizer of byte pairs trained on the file itself, so no
 download is needed. For 8 and 64 data-parallel ranks: packing efficiency and imbalance of tokens, and the lowest

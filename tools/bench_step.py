@@ -1,6 +1,6 @@
 """Times one GRPO step and shows where the time goes.
 
-    python tools/bench_step.py [--layout dp2|tp2|pp2|single] [--steps 20]
+    python -m tools.bench_step [--layout dp2|tp2|pp2|single] [--steps 20]
 
 The step: 16 prompts of 8 tokens x 8 samples x 16 generated tokens, a Qwen3 of 3.2M parameters (4 layers, hidden 256,
 vocabulary 64) in float32, one update, weights synced to vLLM. It is the real command line on the ranks of the layout;

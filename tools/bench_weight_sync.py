@@ -1,6 +1,6 @@
 """Times a weight synchronisation of a 0.5B-parameter model against a plain copy of the same bytes.
 
-    python tools/bench_weight_sync.py [--layers 24] [--repeats 5]
+    python -m tools.bench_weight_sync [--layers 24] [--repeats 5]
 
 One process holds the trained model's tensors (Qwen2.5-0.5B's sizes, bfloat16, random) and a vLLM engine. All figures
 are medians of one run, on one core, and mean something only beside each other:

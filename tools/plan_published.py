@@ -1,6 +1,6 @@
 """What `plan` says of recipes whose speed was published, beside what was published.
 
-    python tools/plan_published.py
+    python -m tools.plan_published
 
 Tokens per second and operations per second were published side by side; their ratio is what the publisher counts for a
 token, and the plan's operations times the published tokens per second must be the published operations per second.

@@ -1,6 +1,6 @@
 """Prints what a synchronisation of large models moves, by link, and how long that takes at given rates.
 
-    python tools/plan_weight_sync.py [--nvlink 450] [--network 50]
+    python -m tools.plan_weight_sync [--nvlink 450] [--network 50]
 
 Nothing is run: the plans come from layouts alone (`megatron_rl/weights/shard_plan.py`). Rates are in GB/s for one GPU
 and one direction; ranks of a node (8) are linked by NVLink, others by the network. Engines have nodes of their own, so

@@ -70,11 +70,13 @@ class LinearHead:
 def even_chunks(weight: Tensor, num_tokens: int, elements: dict[str, int]) -> int:
     """Tokens of a chunk whose logits, all columns of them, have at most so many elements, by device; at least 16.
 
-    Chunks are of equal size: a short last one would use the processor badly.
+    Chunks are of equal size: a short last one would use the processor badly. So would a part of the 16 rows that the
+    kernels of matrix products take at once.
     """
     device = "cuda" if weight.is_cuda else "cpu"
-    largest = max(16, min(MOST_ROWS[device], elements[device] // max(1, len(weight))))
-    return max(1, math.ceil(num_tokens / max(1, math.ceil(num_tokens / largest))))
+    largest = max(16, min(MOST_ROWS[device], elements[device] // max(1, len(weight))) // 16 * 16)
+    even = math.ceil(num_tokens / max(1, math.ceil(num_tokens / largest)))
+    return max(1, min(num_tokens, math.ceil(even / 16) * 16))
 
 
 def buffers(weight: Tensor, tile: TileShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
