@@ -1,14 +1,14 @@
 """Writing checkpoints: in the background, wholly or not at all.
 
-    save     the state is copied to the host (training stands still)   ->  a thread writes it, with a digest of each
-    file poll     at every step: once all ranks' threads are done, the checkpoint gets its index, its digests and its
-    name finish   waits for that
+    save     the state is copied to the host (training stands still); then a thread writes it, and digests
+    poll     at every step: once all ranks' threads are done, the checkpoint gets its index, its digests and its name
+    finish   waits for that
 
 The copy goes into buffers that are kept, so only the first one pays for fresh memory. It is made before core plans what
 goes where: core would clone every tensor that is a view, as parameters in a gradient buffer are, and be copied from
-then. Writing is a thread: torch's and
-the operating system's part of it runs without the interpreter's lock, and a process that is forked from one with CUDA,
-vLLM and communication threads is better avoided. Synchronous saving is the same, waited for.
+then. Writing is a thread: torch's and the operating system's part of it runs without the interpreter's lock, and a
+process that is forked from one with CUDA, vLLM and communication threads is better avoided. Synchronous saving is the
+same, waited for.
 
 A rank that cannot write (disk full, read-only) tells the others when they meet; all then raise the same error, and what
 was written of that checkpoint is deleted.

@@ -1,5 +1,6 @@
 """Random models that a layout can hold: families, heads, experts, vocabularies and stages of every shape."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,8 @@ def random_models(draw: st.DrawFn, num_ranks: int) -> RandomModel:
         intermediate_size=draw(st.sampled_from([40, 56, 68])),
         **draw(_heads(tp, latent="kv_lora_rank" in FAMILIES[family])),
     )
+    if family == "llama":  # transformers wants a multiple of the heads, though head_dim is another matter
+        fields["hidden_size"] += -fields["hidden_size"] % math.lcm(fields["num_attention_heads"], 4)
     if family in DENSE:
         fields["tie_word_embeddings"] = draw(st.booleans())
     parallel: dict[str, Any] = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_rl.checkpoint.folders import (
     LATEST,
@@ -71,6 +73,25 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path) -> None:
     for step in (1, 2):
         content = dist_checkpointing.load_plain_tensors(str(iteration_folder(tmp_path, step)))["w"]
         assert torch.equal(content, torch.full((3_000_000,), float(step)))
+
+
+def test_a_slow_folder_does_not_hold_training_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that takes its time, as a network's may, is stood in for by one that writes when it is told to."""
+    written = threading.Event()
+    writes = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+
+    def write_late(*arguments: Any, **named: Any) -> Any:
+        assert written.wait(60.0)
+        return writes(*arguments, **named)
+
+    monkeypatch.setattr(filesystem_async.FileSystemWriterAsync, "write_preloaded_data", write_late)
+    writer = CheckpointWriter(tmp_path)
+    writer.save(1, state())
+    assert [writer.poll() for _ in range(3)] == [False] * 3  # the steps that training makes meanwhile
+    assert steps_on_disk(tmp_path) == []
+    written.set()
+    writer.finish()
+    assert steps_on_disk(tmp_path) == [1]
 
 
 def flip(content: bytes) -> bytes:
