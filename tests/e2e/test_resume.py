@@ -30,9 +30,9 @@ KILLS = [
     pytest.param("core/dist_checkpointing/serialization.py:save", 3, id="first_save", marks=pytest.mark.slow),
     pytest.param("trainer/reinforcement.py:log_probs", 3, id="log_probs", marks=pytest.mark.slow),
     pytest.param("engine/step.py:forward_backward", 3, id="train", marks=pytest.mark.slow),
-    pytest.param("rollout/engine.py:load_weights", 4, id="sync_weights", marks=pytest.mark.slow),
+    pytest.param("rollout/engine.py:load_shards", 4, id="sync_weights", marks=pytest.mark.slow),
     pytest.param("trainer/evaluation.py:evaluate", 4, id="last_evaluation", marks=pytest.mark.slow),
-    pytest.param("weights/hf_files.py:write_hf_checkpoint", 5, id="export", marks=pytest.mark.slow),
+    pytest.param("checkpoint/hf_export.py:_write_shards", 5, id="export", marks=pytest.mark.slow),
 ]
 """Where, and after how many rows of metrics; row 0 is the evaluation before training."""
 
