@@ -12,6 +12,8 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from megatron_rl.rollout.segments import remove, segments_of
+
 TOKEN_VARIABLE = "MEGATRON_RL_ENGINE_TOKEN"
 PARENT_VARIABLE = "MEGATRON_RL_ENGINE_PARENT"
 
@@ -48,4 +50,5 @@ def _end_with_parent(parent: int) -> None:
     """A trainer that was killed cannot end its server."""
     while os.getppid() == parent:
         time.sleep(0.5)
+    remove(segments_of(os.getpgrp()))
     os.killpg(os.getpgrp(), signal.SIGKILL)  # the server leads a group of its own, with its workers in it

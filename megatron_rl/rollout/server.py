@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_rl.rollout.address import LOOPBACK, Address, EngineLost, free_port_of
 from megatron_rl.rollout.door import PARENT_VARIABLE, TOKEN_VARIABLE
+from megatron_rl.rollout.segments import remove, segments_of
 
 START_SECONDS = 600.0
 """Limit of a server's start."""
@@ -33,6 +34,7 @@ class EngineServer:
 
     address: Address
     process: "subprocess.Popen[bytes]"
+    _segments: set[Path]
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class EngineServer:
         self._start()
 
     def _start(self) -> None:
+        self._segments = set()
         self.address = Address(self._host, free_port_of(self._host), secrets.token_urlsafe(32))
         environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
         environment |= {
@@ -89,6 +92,7 @@ class EngineServer:
         while True:
             try:
                 self.get("/health", timeout_seconds=5)
+                self._segments = segments_of(self.process.pid)  # while it lives: it may be found dead
                 return
             except EngineLost:
                 code = self.process.poll()
@@ -117,10 +121,12 @@ class EngineServer:
         self.ready()
 
     def end(self) -> None:
-        """End the server with all that it started, also if it is stopped."""
+        """End the server with all that it started, also if it is stopped, and remove the shared memory it leaves."""
+        self._segments |= segments_of(self.process.pid)
         with contextlib.suppress(ProcessLookupError):  # nothing of it is left
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        remove(self._segments)
 
 
 @contextlib.contextmanager

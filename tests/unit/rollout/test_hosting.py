@@ -21,6 +21,8 @@ from megatron_rl.rollout.server import EngineServer
 
 SERVER = """
 import http.server, os, sys
+from multiprocessing.shared_memory import SharedMemory
+left_behind_if_killed = SharedMemory(f"test_hosting_{os.getpid()}", create=True, size=8)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         right = self.headers["Authorization"] == "Bearer " + os.environ["MEGATRON_RL_ENGINE_TOKEN"]
@@ -53,12 +55,17 @@ def hosted(tmp_path: Path) -> Iterator[tuple[Path, HostedServer]]:
         process.join(20)
         assert process.exitcode == 0
         assert not (folder / "engine_0.json").exists()
+        assert list(Path("/dev/shm").glob("test_hosting_*")) == []
     finally:
         process.kill()
 
 
 def pid(server: HostedServer) -> int:
     return int(server.get("/health", timeout_seconds=5))
+
+
+def segment(server_pid: int) -> Path:
+    return Path(f"/dev/shm/test_hosting_{server_pid}")
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -79,6 +86,7 @@ def test_a_server_that_dies_or_is_found_lost_is_started_again(hosted: tuple[Path
     for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm tells all processes of a job
         os.kill(first, number)
     assert pid(server) == first
+    assert segment(first).exists()
     os.kill(first, signal.SIGKILL)
     until(lambda: told.exists() and json.loads(told.read_text())["start"] == 1)  # before anybody asks
     with pytest.raises(EngineLost):
@@ -86,11 +94,13 @@ def test_a_server_that_dies_or_is_found_lost_is_started_again(hosted: tuple[Path
     server.restart()
     second = pid(server)
     assert second != first
+    assert not segment(first).exists()
     assert server.address.token != token
     os.kill(second, signal.SIGSTOP)  # only who asks it can know
     server.restart()
     assert pid(server) not in (first, second)
     assert not Path(f"/proc/{second}").exists()
+    assert not segment(second).exists()
 
 
 def test_the_address_on_the_way_to_another_host() -> None:
