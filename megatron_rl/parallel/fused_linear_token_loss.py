@@ -111,6 +111,7 @@ class _Chunks:
         self.dtype = statistics_dtype(tokens.dtype)
         self.tiles = list(slices(head.shard.num_valid, head.tile.columns))
         self.scratch = weight.new_empty(head.tile.rows * head.tile.columns, dtype=self.dtype)
+        self.grad_h = weight.new_empty(head.tile.rows * weight.shape[1], dtype=self.dtype)
         # Tile after tile, each a contiguous matrix.
         self.logits = weight.new_empty(head.tile.rows * max(1, head.shard.num_valid), dtype=self.dtype)
 
@@ -136,7 +137,7 @@ class _Chunks:
         log_probs, entropy = log_probs.to(self.dtype), normalizer.entropy.to(self.dtype)
         loss, by_log_probs, by_entropy = _differentiate(token_losses, log_probs, entropy, rows)
         factors = GradientFactors.of(by_log_probs, by_entropy, normalizer, temperature)
-        grad_h = torch.zeros_like(h, dtype=self.dtype)
+        grad_h = fit(self.grad_h, *h.shape).zero_()
         for tile, e, part in zip(self.tiles, exponentials, parts, strict=True):
             shift = ((part[0] - normalizer.maximum) / temperature).to(self.dtype)
             gradient = e if h.dtype == e.dtype else torch.empty_like(e, dtype=h.dtype)
