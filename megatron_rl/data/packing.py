@@ -3,8 +3,8 @@
 A row is the unit of one forward and backward pass: sequences one after another, [T] tokens without padding between
 them, told apart by `cu_seqlens`. A plan says which sequences form which row on which rank:
 
-    ranks  by largest differencing over the cost of the sequences, so that all ranks work equally long
-    rows   as few on every rank as the fullest rank needs, then by largest differencing again, so that all rows are
+    ranks  parts of equal cost (`partition.py`), so that all ranks work equally long
+    rows   as few on every rank as the fullest rank needs, then parts of equal cost again, so that all rows are
            about equally long: a few even rows take less memory than full ones with a short last one. Where an even
            split would burst micro_batch_tokens, first-fit decreasing takes its place.
 
@@ -12,16 +12,15 @@ Every rank gets the same number of rows, because each row may hold a collective 
 function of the lengths alone: every rank computes the same one, without communication.
 """
 
-import heapq
-from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .partition import balanced_parts
 from .samples import TrainingSequence
 
 NEW_VALUES, MEAN_LOG_PROBS, DIVERGENCE = "new_values", "mean_log_probs", "divergence"
@@ -123,13 +122,13 @@ def plan_micro_batches(
             f"num_ranks {num_ranks}, micro_batch_tokens {micro_batch_tokens} and every length must be at least 1"
         )
     costs = [float(length) if cost is None else float(cost(length)) for length in lengths]
-    ranks = largest_differencing(range(len(lengths)), costs, num_ranks)
+    ranks = balanced_parts(range(len(lengths)), costs, num_ranks)
     fitted = [_first_fit_decreasing(rank, lengths, micro_batch_tokens) for rank in ranks]
     num_rows = max(1, *(len(rows) for rows in fitted))
     num_rows += -num_rows % num_rows_multiple
     plan = []
     for rank, fallback in zip(ranks, fitted, strict=True):
-        rows = largest_differencing(rank, costs, num_rows)
+        rows = balanced_parts(rank, costs, num_rows)
         if any(len(row) > 1 and sum(lengths[i] for i in row) > micro_batch_tokens for row in rows):
             rows = _split(fallback, costs, num_rows)
         rows = [sorted(row) for row in rows]
@@ -151,35 +150,6 @@ def imbalance(plan: Plan, lengths: Sequence[int]) -> float:
     """Tokens of the fullest rank / mean over the ranks - 1: 0 when all ranks have as many."""
     ranks = [sum(lengths[i] for row in rank for i in row) for rank in plan]
     return max(ranks) * len(ranks) / sum(ranks) - 1.0 if sum(ranks) else 0.0
-
-
-def largest_differencing(items: Sequence[int], costs: Sequence[float], num_parts: int) -> list[list[int]]:
-    """Parts of almost equal total cost; min(num_parts, len(items)) of them are not empty. Deterministic.
-
-    Source: Karmarkar and Karp 1982, "The differencing method of set partitioning". A solution is a list of at most
-    num_parts (total, items), ascending, the missing ones being empty. The two solutions of the largest spread are
-    merged, the largest part of one with the smallest of the other, until one is left.
-    """
-    if len(items) <= num_parts:
-        return [[i] for i in items] + [[] for _ in range(num_parts - len(items))]
-    tie = count()
-    heap = [(-costs[i], next(tie), [(costs[i], [i])]) for i in items]  # alone, or beside empty parts: spread is cost
-    heapq.heapify(heap)
-    while len(heap) > 1:
-        _, _, one = heapq.heappop(heap)
-        _, _, other = heap[0]
-        # Both are ascending. Only as many parts meet as do not fit beside each other; the rest meet empty parts.
-        meeting = max(0, len(one) + len(other) - num_parts)
-        met = [(a + b, x + y) for (a, x), (b, y) in zip(one[:meeting], other[:meeting][::-1], strict=True)]
-        merged = one[meeting:] if len(one) >= len(other) else other[meeting:]
-        rest = met + (other[meeting:] if len(one) >= len(other) else one[meeting:])
-        if len(rest) == 1:
-            insort(merged, rest[0])  # by far the most frequent case, and not one for sorting all parts anew
-        else:
-            merged = sorted(merged + rest)
-        smallest = merged[0][0] if len(merged) == num_parts else 0.0
-        heapq.heapreplace(heap, (smallest - merged[-1][0], next(tie), merged))
-    return [part for _, part in heap[0][2]]
 
 
 def _first_fit_decreasing(items: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -204,5 +174,5 @@ def _split(rows: list[list[int]], costs: Sequence[float], num_rows: int) -> list
         row = max(rows, key=lambda row: (len(row) > 1, sum(costs[i] for i in row)), default=[])
         if len(row) > 1:
             rows.remove(row)
-        rows.extend(largest_differencing(row, costs, 2) if len(row) > 1 else [[]])
+        rows.extend(balanced_parts(row, costs, 2) if len(row) > 1 else [[]])
     return rows

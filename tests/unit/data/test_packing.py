@@ -1,7 +1,5 @@
 """Rows hold what was packed, plans hold everything once, and both come near the best possible."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,6 @@ from hypothesis import strategies as st
 
 from megatron_rl.data.packing import (
     imbalance,
-    largest_differencing,
     pack,
     packing_efficiency,
     plan_micro_batches,
@@ -115,32 +112,6 @@ def test_every_plan_is_complete_even_and_within_the_limit(
     assert imbalance(plan, lengths) >= -1e-12  # max >= mean, up to a rounding of 1/num_ranks
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    costs=st.lists(st.integers(1, 30), min_size=1, max_size=7),
-    num_parts=st.integers(1, 3),
-)
-def test_largest_differencing_is_within_its_proven_bound_of_the_best_partition(
-    costs: list[int], num_parts: int
-) -> None:
-    parts = largest_differencing(range(len(costs)), costs, num_parts)
-    largest = max(sum(costs[i] for i in part) for part in parts)
-    best = min(
-        max(sum(c for c, p in zip(costs, assignment, strict=True) if p == part) for part in range(num_parts))
-        for assignment in itertools.product(range(num_parts), repeat=len(costs))
-    )
-    # Michiels et al. 2007, "Performance ratios of the Karmarkar-Karp differencing method": at most 4/3 - 1/(3m) of the
-    # best for m parts.
-    assert 3 * num_parts * largest <= (4 * num_parts - 1) * best
-
-
-def test_largest_differencing_by_hand() -> None:
-    # 8 7 6 5 4 into two: 8-7 -> 1, 6-5 -> 1, then 4-1 -> 3, 3-1 -> 2: parts {8,6} = 14 and {7,5,4} = 16 differ by 2.
-    parts = largest_differencing(range(5), [8, 7, 6, 5, 4], 2)
-    assert sorted(sorted(part) for part in parts) == [[0, 2], [1, 3, 4]]
-    assert largest_differencing([3, 1], [9, 9, 9, 9], 3) == [[3], [1], []]
-
-
 def test_rows_are_even_where_the_limit_allows_and_full_where_it_must() -> None:
     # Six sequences of 10 in rows of at most 40: two rows are needed, and three each is even (first-fit makes 4 + 2).
     (rank,) = plan_micro_batches([10] * 6, num_ranks=1, micro_batch_tokens=40)
@@ -190,7 +161,6 @@ def gsm8k_like_lengths(num_samples: int) -> list[int]:
 def test_real_lengths_pack_nearly_without_loss(num_ranks: int) -> None:
     lengths = gsm8k_like_lengths(4096)
     plan = plan_micro_batches(lengths, num_ranks=num_ranks, micro_batch_tokens=8192)
-    # The last and shortest of a rank's 64 or more sequences make up for the differences that the long ones leave.
     assert imbalance(plan, lengths) < 1e-3
     assert packing_efficiency(plan, lengths) > 0.99
     fewest = -(-sum(lengths) // (num_ranks * 8192))
