@@ -211,14 +211,15 @@ def visit(rank: int, folder: Path, cases: list[Case], expected: Path, relative: 
                     f"{case}: {what}"
                     for what in differences(metrics, gradients, expected_metrics, expected_gradients, relative)
                 ]
-        leave()
+        leave(stepper.policy)
     return wrong
 
 
 def step_at(folder: Path, case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """(metrics, gradients by Hugging Face name) of one step at a layout; leaves the world as it was before."""
-    found = Stepper(folder, case.layout, case.model).step(case)
-    leave()
+    stepper = Stepper(folder, case.layout, case.model)
+    found = stepper.step(case)
+    leave(stepper.policy)
     return found
 
 
@@ -275,10 +276,15 @@ def whole_gradients(policy: Policy) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def leave() -> None:
-    """Forget Megatron's groups, and close their connections."""
+def leave(*policies: Policy) -> None:
+    """Forget Megatron's groups and these models, and close the groups' connections."""
     from megatron.core import parallel_state
 
+    for policy in policies:
+        for chunk in policy.chunks:
+            # The hooks of its parameters hold it through autograd's nodes, where Python sees no circle: each layout's
+            # model would stay, with its groups and their threads.
+            chunk.__dict__.clear()
     parallel_state.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:

@@ -77,6 +77,7 @@ def test_some_of_everything(root: Path, family: str, num_ranks: int, every: int)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3100)
 @pytest.mark.parametrize(
     ("num_ranks", "stages", "tensor"),
     [(ranks, pp, tp) for ranks in (1, 2, 4) for pp in (1, 2, 4) for tp in (1, 2, 4) if ranks % (pp * tp) == 0],

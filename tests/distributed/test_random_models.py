@@ -37,13 +37,12 @@ def visit(rank: int, models: list[Visited]) -> list[tuple[list[np.ndarray], np.n
     Returns:
         Of each its log-probs, and on the last pipeline stage the logits of its longest sequence.
     """
-    from megatron.core import parallel_state
-
     import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
     from megatron_rl.checkpoint.hf_export import export_hf
     from megatron_rl.config.schema import Dtype, ModelConfig, ParallelConfig
     from megatron_rl.engine.initialize import initialize
     from megatron_rl.engine.policy import Policy
+    from tests.distributed.layout_matrix import leave
     from tests.distributed.test_conversion import policy_log_probs
 
     results = []
@@ -53,7 +52,7 @@ def visit(rank: int, models: list[Visited]) -> list[tuple[list[np.ndarray], np.n
         policy = Policy(ModelConfig(hf_path=str(model.folder), params_dtype=Dtype.float32), groups, parallel)
         results.append((policy_log_probs(policy, model.sequences), policy_logits(policy, model.sequences[1])))
         export_hf(policy, model.folder.with_name(f"{model.folder.name}_exported"))
-        parallel_state.destroy_model_parallel()
+        leave(policy)
     return results
 
 
