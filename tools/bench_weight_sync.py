@@ -13,12 +13,11 @@ are medians of one run, on one core, and mean something only beside each other:
     colocated, into vLLM     the same with vLLM's preparation of each layer for its kernels
     whole tensors            exported by name and given to vLLM's own loader, as `reload_weights` does
 
-and the memory that a synchronisation takes on top, as the growth of the process' peak.
+and the memory that a synchronisation takes on top, while it runs.
 """
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -38,6 +37,7 @@ from megatron_rl.weights.holders import EngineRanks, TrainedRanks
 from megatron_rl.weights.orders import Orders
 from megatron_rl.weights.shard_plan import ShardPlan, Slice
 from megatron_rl.weights.sockets import Door, Listener, connect
+from tools.bench_log_probs import PeakMemory
 
 BUCKET = 64 << 20
 HOST = "127.0.0.1"
@@ -114,7 +114,6 @@ def receive(folder: str, orders: str, rounds: int, way: str, max_changed: float)
         )
         exchange.run({}, memory, transport, version=index)
         Path(folder, f"done{index}").touch()
-    Path(folder, "peak").write_text(str(peak_megabytes()))
 
 
 def apart(
@@ -172,10 +171,6 @@ def change(parameters: dict[str, Tensor], share: float) -> None:
         bits[where] ^= 1
 
 
-def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24)
@@ -207,11 +202,12 @@ def memory_copy(parameters: dict[str, Tensor], repeats: int) -> float:
 
 def into_memory(exchange: Exchange, memory: Memory, parameters: dict[str, Tensor], repeats: int, floor: float) -> None:
     """The plan alone."""
-    before = peak_megabytes()
-    show(
-        "colocated, into memory", timed(lambda: exchange.run(parameters, memory, NoPeers(), version=1), repeats), floor
-    )
-    print(f"{'':26} peak grew by {peak_megabytes() - before:.0f} MB")
+
+    def shards() -> None:
+        exchange.run(parameters, memory, NoPeers(), version=1)
+
+    show("colocated, into memory", timed(shards, repeats), floor)
+    show_peak(shards)
 
 
 def into_vllm(
@@ -248,13 +244,18 @@ def into_vllm(
                 orders.shard, lambda loader: exchange.run(parameters, loader, NoPeers(), version=1), version=1
             )
 
-        before = peak_megabytes()
         show("colocated, into vLLM", timed(shards, repeats), floor)
-        print(f"{'':26} peak grew by {peak_megabytes() - before:.0f} MB")
-        before = peak_megabytes()
+        show_peak(shards)
         show("whole tensors", timed(lambda: engine.load_weights(whole(), version=2), repeats), floor)
-        print(f"{'':26} peak grew by {peak_megabytes() - before:.0f} MB")
+        show_peak(lambda: engine.load_weights(whole(), version=2))
         engine.shutdown()
+
+
+def show_peak(synchronize: Callable[[], object]) -> None:
+    """Of one more synchronisation, when the earlier ones have made what stays."""
+    with PeakMemory() as peak:
+        synchronize()
+    print(f"{'':26} {peak.bytes / 1e6:.0f} MB on top", flush=True)
 
 
 def show(name: str, seconds: float, floor: float) -> None:
