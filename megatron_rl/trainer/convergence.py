@@ -2,7 +2,7 @@
 
 from megatron_rl.algorithms.diagnostics import ConvergenceMonitor
 from megatron_rl.config.schema import ConvergenceConfig
-from megatron_rl.trainer.training import RunState
+from megatron_rl.trainer.run_state import RunState
 
 KEY = "convergence"
 

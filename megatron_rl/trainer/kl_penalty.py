@@ -15,7 +15,7 @@ from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.reference import ReferenceLogits, ReferenceWeights, Teacher, reference_logits
 from megatron_rl.engine.step import forward_log_probs
 from megatron_rl.trainer.advantages import TOKEN_REWARDS
-from megatron_rl.trainer.training import RunState
+from megatron_rl.trainer.run_state import RunState
 
 COEFFICIENT = "kl_coefficient"
 

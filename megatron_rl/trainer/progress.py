@@ -149,6 +149,11 @@ class _Lines:
         self._printed_at, self._printed_done = now, self._done
 
 
+def say(message: str) -> None:
+    """A line about the run to its user."""
+    print(f"megatron-rl: {message}", file=sys.stderr, flush=True)
+
+
 def _is_terminal(file: TextIO) -> bool:
     """Whether a bar can be drawn there. Of a terminal of unknown, that is zero, width tqdm would show nothing."""
     return file.isatty() and os.get_terminal_size(file.fileno()).columns > 0

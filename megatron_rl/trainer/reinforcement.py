@@ -32,12 +32,13 @@ from megatron_rl.trainer.length_penalty import punish_length
 from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.objectives import PolicyGradientObjective, ValueObjective
 from megatron_rl.trainer.policy_losses import resolve_policy_loss
+from megatron_rl.trainer.progress import say
 from megatron_rl.trainer.rollout_log import write_rollouts
 from megatron_rl.trainer.rollouts import RolloutWorker, draw_seeds, training_sampling
 from megatron_rl.trainer.sample_report import sample_metrics, sample_records
 from megatron_rl.trainer.sync import WeightSync
 from megatron_rl.trainer.tokenizer import load_tokenizer
-from megatron_rl.trainer.training import Training, say
+from megatron_rl.trainer.training import Training
 
 _MISMATCH = "mismatch/log_prob_abs_diff_mean"
 

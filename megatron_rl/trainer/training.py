@@ -1,92 +1,43 @@
 """What every recipe shares: the run's folder, policy, optimizer, metrics and checkpoints, and how a run resumes."""
 
-import json
-import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Self
 
 import torch.distributed as dist
 
 from megatron_rl.algorithms.metrics import Metric
 from megatron_rl.checkpoint import reference_state, training_state
-from megatron_rl.checkpoint.folders import SCORE, iteration_folder
 from megatron_rl.checkpoint.hf_export import export_hf
 from megatron_rl.checkpoint.resume import resume
 from megatron_rl.checkpoint.training_state import POLICY, Trained
 from megatron_rl.checkpoint.writer import CheckpointWriter
-from megatron_rl.config.errors import Interrupted, UserError
-from megatron_rl.config.load import save_config
+from megatron_rl.config.errors import Interrupted
 from megatron_rl.config.numerics import row_multiple
-from megatron_rl.config.schema import Config, GuardAction, KLReference, NonFinite
+from megatron_rl.config.schema import Config
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
-from megatron_rl.engine.reference import ReferenceWeights, Teacher
-from megatron_rl.engine.step import NON_FINITE_LOSSES, LossFunction, forward_backward
+from megatron_rl.engine.step import LossFunction
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.reductions import reduce_counts, reduce_metrics
+from megatron_rl.parallel.reductions import reduce_metrics
 from megatron_rl.placement.sizes import mfu
 from megatron_rl.trainer.critic import build_critic
-from megatron_rl.trainer.guards import GuardStop, RollBack, tripped
+from megatron_rl.trainer.guards import GuardStop, RollBack
 from megatron_rl.trainer.interruption import Interruption
-from megatron_rl.trainer.metrics_log import MetricsLog
 from megatron_rl.trainer.minibatch import MiniBatch
-from megatron_rl.trainer.progress import Progress
-from megatron_rl.trainer.rollout_log import truncate_rollouts_to_step
+from megatron_rl.trainer.progress import Progress, say
+from megatron_rl.trainer.record import Record, open_folder
+from megatron_rl.trainer.reference import build_reference, moving
 from megatron_rl.trainer.run_directory import RunDirectory
-from megatron_rl.trainer.run_lock import lock
+from megatron_rl.trainer.run_state import RunState
 from megatron_rl.trainer.timing import PhaseTimer
+from megatron_rl.trainer.update import Updates
 from megatron_rl.trainer.watchdog import Watchdog
-
-
-def build_reference(config: Config, policy: Policy) -> ReferenceWeights | Teacher:
-    """The reference policy of a run that starts: its own first weights, or another checkpoint.
-
-    Raises:
-        UserError: the other checkpoint has another vocabulary.
-    """
-    path = config.algorithm.kl.reference_path
-    if path is None:
-        return ReferenceWeights(policy, is_average=config.algorithm.kl.reference is KLReference.moving_average)
-    teacher = Policy(
-        replace(config.model, hf_path=path, load_weights=True),
-        policy.groups,
-        config.parallel,
-        trained=False,
-    )
-    sizes = [model.hf["vocab_size"] for model in (teacher, policy)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"algorithm.kl.reference_path: given a vocabulary of {sizes[0]}, allowed: {sizes[1]}, the policy's"
-        )
-    return Teacher(teacher)
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient norm was nan or infinite, and the run is configured to stop there."""
-
-
-@dataclass
-class RunState:
-    """Where a run stands; equal on all ranks, saved in checkpoints."""
-
-    step: int = 0
-    """Steps done. The policy's weight version is the same number."""
-    data_position: int = 0
-    """Training rows drawn."""
-    adaptive: dict[str, Any] = field(default_factory=dict)
-    """What an algorithm adapts from step to step, as plain values: a KL coefficient, a running baseline."""
-    past: dict[str, list[float]] = field(default_factory=dict)
-    """Recent values of the metrics that guards watch."""
-    rollbacks: int = 0
-    """Times that the run has gone back to a checkpoint because of its numbers."""
 
 
 class Training:
@@ -121,9 +72,9 @@ class Training:
         self.run = RunDirectory(Path(config.output_dir) / config.name)
         self.is_main = dist.get_rank() == 0
         self.state = RunState()
+        self._updates = Updates(config, groups, self.state)
         self.timer = PhaseTimer()
-        self._flops = 0  # of the step's updates, on all ranks
-        self._lock = self._open_folder() if records else None
+        self._lock = open_folder(self.run) if records else None
         self.watchdog = self._start_watchdog() if records else None
         num_steps = config.train.num_steps * num_updates_per_step
         self.policy = build(
@@ -136,6 +87,7 @@ class Training:
         if self.is_main and records:
             print(self.policy.choices, flush=True)
         self.reference = build_reference(config, self.policy) if with_reference else None
+        self._moving_reference = moving(config, self.reference)
         self.optimizer = Optimizer(config.optimizer, self.policy, num_steps=num_steps)
         self.critic = build_critic(config, groups, num_steps=num_steps) if with_critic else None
         self.after_rollback: Callable[[], object] = lambda: None
@@ -149,10 +101,8 @@ class Training:
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
         )
-        saved = self._resume()
-        if saved is not None:
-            self.state = RunState(**saved)
-        self.log = self._open_log() if self.is_main and records else None
+        self._resume()
+        self._record = Record(self.run, config, self.state.step) if self.is_main and records else None
         self.progress = Progress(
             config.train.num_steps,
             config.recipe.value,
@@ -160,60 +110,21 @@ class Training:
             initial=self.state.step,
         )
 
-    @property
-    def _moving_reference(self) -> ReferenceWeights | None:
-        """The reference policy, if it is part of the run's state."""
-        fixed = self.config.algorithm.kl.reference is KLReference.fixed
-        return self.reference if isinstance(self.reference, ReferenceWeights) and not fixed else None
-
-    def _resume(self) -> dict[str, Any] | None:
-        """Restore the latest whole checkpoint and return its run state; None if there is none. Collective."""
+    def _resume(self) -> bool:
+        """Restore the latest whole checkpoint, if there is one; collective."""
         saved = resume(self.run.checkpoints_dir, self.models, say=say)
-        if saved is not None and self._moving_reference is not None:
+        if saved is None:
+            return False
+        if self._moving_reference is not None:
             reference_state.load(self.run.checkpoints_dir, saved["step"], self._moving_reference)
-        return saved
-
-    def _open_folder(self) -> IO[str] | None:
-        """Make the run's folder and take its lock; rank 0 does, and all ranks learn what keeps it from it."""
-        held, problem = None, None
-        if self.is_main:
-            try:
-                self.run.path.mkdir(parents=True, exist_ok=True)
-                held = lock(self.run.path)
-                self.run.create()
-            except UserError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"{self.run.path}: the run's folder cannot be written: {error}"
-        told = [problem]
-        dist.broadcast_object_list(told, src=0)
-        if told[0] is not None:
-            raise UserError(told[0])
-        return held
+        for name, value in saved.items():  # in place: others hold the state
+            setattr(self.state, name, value)
+        return True
 
     def _start_watchdog(self) -> Watchdog:
         # Before a collective ends by its own limit, which says neither where nor for whom.
         wait_limit = 0.8 * 60 * self.config.parallel.distributed_timeout_minutes
         return Watchdog(self.config.watchdog, self.run, self.timer, rank=dist.get_rank(), wait_limit_s=wait_limit)
-
-    def _open_log(self) -> MetricsLog:
-        save_config(self.config, self.run.config_file)
-        log = MetricsLog(
-            self.run,
-            tensorboard=self.config.logging.tensorboard,
-            wandb_project=self.config.logging.wandb_project,
-            name=self.config.name,
-            config=asdict(self.config),
-        )
-        # A run that was killed wrote on after its checkpoint; those steps are made again. A run without a checkpoint
-        # starts anew, and so does its record.
-        last_step = self.state.step if self.state.step else -1
-        log.truncate_to_step(last_step)
-        truncate_rollouts_to_step(self.run, last_step)
-        unwritten = iteration_folder(self.run.checkpoints_dir, self.state.step) / UNWRITTEN
-        if unwritten.exists():
-            log.take_back(unwritten.read_text())
-        return log
 
     @property
     def is_done(self) -> bool:
@@ -246,12 +157,10 @@ class Training:
     def update(
         self, batch: MiniBatch, objective: LossFunction, *, temperature: float = 1.0, extras: Sequence[Extra] = ()
     ) -> dict[str, Metric]:
-        """One optimizer step of the policy on a mini-batch: forward, backward, clip, step; see `forward_backward`.
-
-        Raises:
-            NonFiniteError: optimizer.on_non_finite is 'stop', and the loss or the gradient norm is not finite.
-        """
-        metrics = self._update(self.policy, self.optimizer, batch, objective, temperature, extras)
+        """One optimizer step of the policy on a mini-batch, under the guards; see `Updates.make`."""
+        metrics = self._updates.make(
+            self.policy, self.optimizer, batch, objective, temperature=temperature, extras=extras, guarded=True
+        )
         if not self.groups.reports:
             return {}
         return metrics | {
@@ -262,62 +171,8 @@ class Training:
     def update_critic(self, batch: MiniBatch, objective: LossFunction) -> dict[str, Metric]:
         """One optimizer step of the critic; see `update`. Its metrics are all called value/..."""
         assert self.critic is not None
-        metrics = self._update(self.critic.model, self.critic.optimizer, batch, objective, 1.0)
+        metrics = self._updates.make(self.critic.model, self.critic.optimizer, batch, objective)
         return {name.replace("optim/", "value/"): metric for name, metric in metrics.items()}
-
-    def _update(
-        self,
-        model: Policy,
-        optimizer: Optimizer,
-        batch: MiniBatch,
-        objective: LossFunction,
-        temperature: float,
-        extras: Sequence[Extra] = (),
-    ) -> dict[str, Metric]:
-        self._flops += model.sizes.training_flops(batch.lengths)
-        optimizer.zero_grad()
-        with model.routing.replaying():
-            metrics = forward_backward(model, batch.rows, objective, temperature=temperature, extras=extras)
-        bad_losses = metrics.pop(NON_FINITE_LOSSES).value if metrics else 0.0
-        (bad_losses,) = reduce_counts([bad_losses], self.groups.world)
-        guarded = bool(self.config.guards) and model is self.policy
-        accepts = partial(self._accepts, metrics) if guarded else None
-        update = optimizer.step(loss_is_finite=not bad_losses, accepts=accepts)
-        if not update.finite:
-            self._on_non_finite(update.grad_norm, bad_losses)
-        if not self.groups.reports:
-            return {}
-        return metrics | {
-            "optim/grad_norm": Metric("max", update.grad_norm if update.finite else math.nan),
-            "optim/lr": Metric("max", update.lr),
-            "optim/skipped_updates": Metric("sum", 0.0 if update.made else 1.0 / self.groups.dp.size()),
-        }
-
-    def _on_non_finite(self, grad_norm: float, bad_losses: float) -> None:
-        what = f"the gradient norm is {grad_norm}, and the loss of {bad_losses:g} rows is not finite"
-        if self.config.optimizer.on_non_finite is NonFinite.rollback:
-            raise RollBack(what)
-        if self.config.optimizer.on_non_finite is NonFinite.stop:
-            raise NonFiniteError(
-                f"step {self.state.step + 1}: {what}; nothing was updated. "
-                "optimizer.on_non_finite=skip goes on without such updates"
-            )
-
-    def _accepts(self, metrics: dict[str, Metric], grad_norm: float) -> bool:
-        """Whether the guards let an update pass; collective."""
-        numbers = self.reduce(metrics if self.groups.reports else {}) | {"optim/grad_norm": grad_norm}
-        trip = tripped(self.config.guards, numbers, self.state.past)
-        if trip is None:
-            return True
-        action, reason = trip
-        reason = f"step {self.state.step + 1}: {reason}"
-        if action is GuardAction.rollback:
-            raise RollBack(reason)
-        if action is GuardAction.stop:
-            raise GuardStop(f"{reason}; nothing was updated. The guard of this metric says stop")
-        if self.is_main:
-            say(f"{reason}; the update is skipped")
-        return False
 
     def _roll_back(self, reason: RollBack) -> None:
         """Restore the last checkpoint, and go on with the data after those that led here; collective.
@@ -329,15 +184,11 @@ class Training:
         self.checkpoints.finish()
         if count > self.config.train.max_rollbacks:
             raise GuardStop(f"{reason}; the run has gone back {count - 1} times, train.max_rollbacks")
-        saved = self._resume()
-        if saved is None:
+        if not self._resume():
             raise GuardStop(f"{reason}; there is no checkpoint to go back to")
-        # In place: the recipe holds on to the state.
-        for name, value in (saved | {"data_position": position, "rollbacks": count}).items():
-            setattr(self.state, name, value)
-        if self.log is not None:
-            self.log.truncate_to_step(self.state.step)
-            truncate_rollouts_to_step(self.run, self.state.step)
+        self.state.data_position, self.state.rollbacks = position, count
+        if self._record is not None:
+            self._record.go_back(self.state.step)
         if self.is_main:
             say(f"{reason}; back at step {self.state.step}, on with later data")
         self.progress.update(self.state.step - step)
@@ -354,7 +205,7 @@ class Training:
         A metric `throughput/tokens`, the tokens of the step, is completed by the rates.
         """
         self.timer.pop()
-        self._flops = 0
+        self._updates.flops = 0
         if self.watchdog is not None:
             self.watchdog.step = self.state.step + 1
         row: dict[str, float] = {}
@@ -373,7 +224,7 @@ class Training:
             row["throughput/tokens_per_second_per_gpu"] = rate / dist.get_world_size()
         peak = self.config.logging.peak_tflops_per_gpu
         if peak is not None and row.get("timing_s/train"):
-            row["throughput/mfu"] = mfu(self._flops, row["timing_s/train"], dist.get_world_size(), peak)
+            row["throughput/mfu"] = mfu(self._updates.flops, row["timing_s/train"], dist.get_world_size(), peak)
         self.record(row)
         self.progress.update(1, **{name.split("/")[-1]: row[name] for name in _SHOWN if name in row})
         interval = self.config.checkpoint.save_interval
@@ -390,28 +241,16 @@ class Training:
 
     def record(self, row: dict[str, float]) -> None:
         """Append a row at the present step to the metrics."""
-        if self.log is not None:
-            self.log.append(self.state.step, row)
+        if self._record is not None:
+            self._record.append(self.state.step, row)
 
     def save(self, row: Mapping[str, float]) -> None:
         """Write a checkpoint of the present step, whose metrics are `row`; collective."""
-        if self.log is not None:
-            self.log.position()  # the steps before a checkpoint are not made again: their rows must outlive it
+        notes = self._record.notes(row) if self._record is not None else {}
         state = training_state.to_save(self.models, asdict(self.state))
         if self._moving_reference is not None:
             state |= reference_state.to_save(self._moving_reference)
-        notes = self._score(row)
-        if self.log is not None and self.log.unwritten:
-            notes[UNWRITTEN] = self.log.unwritten
         self.checkpoints.save(self.state.step, state, notes=notes)
-
-    def _score(self, row: Mapping[str, float]) -> dict[str, str]:
-        metric = self.config.checkpoint.best_metric
-        if metric is None:
-            return {}
-        name, sign = (metric[1:], -1.0) if metric.startswith("-") else (metric, 1.0)
-        value = row.get(name, math.nan)
-        return {SCORE: json.dumps({"metric": metric, "value": sign * value}) + "\n"} if math.isfinite(value) else {}
 
     def finish(self) -> None:
         """After the last step: export the policy."""
@@ -428,20 +267,12 @@ class Training:
         self.progress.close()
         self._interruption.close()
         self.checkpoints.abandon()
-        if self.log is not None:
-            self.log.close()
+        if self._record is not None:
+            self._record.close()
         if self.watchdog is not None:
             self.watchdog.close("done" if error is None else f"{type(error).__name__}: {error}")
         if self._lock is not None:
             self._lock.close()
 
-
-def say(message: str) -> None:
-    """A line about the run to its user."""
-    print(f"megatron-rl: {message}", file=sys.stderr, flush=True)
-
-
-UNWRITTEN = "unwritten_metrics.jsonl"
-"""In a checkpoint: rows of metrics that the disk had no room for."""
 
 _SHOWN = ("reward/mean", "sft/loss", "response/length_mean", "policy/entropy", "optim/grad_norm")

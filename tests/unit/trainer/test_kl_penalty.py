@@ -11,7 +11,7 @@ from megatron_rl.config.schema import KLConfig, KLEstimator, KLPlace, KLReferenc
 from megatron_rl.data.packing import PackedRow
 from megatron_rl.engine.reference import ReferenceWeights
 from megatron_rl.trainer.kl_penalty import KLPenalty
-from megatron_rl.trainer.training import RunState
+from megatron_rl.trainer.run_state import RunState
 
 
 def row(**per_token: list[float]) -> PackedRow:

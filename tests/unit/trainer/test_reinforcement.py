@@ -31,7 +31,7 @@ from megatron_rl.trainer.kl_penalty import KLPenalty
 from megatron_rl.trainer.minibatch import MiniBatch
 from megatron_rl.trainer.reinforcement import MismatchError, Reinforcement, check_mismatch
 from megatron_rl.trainer.run_directory import RunDirectory
-from megatron_rl.trainer.training import RunState
+from megatron_rl.trainer.run_state import RunState
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import GuardAction, GuardConfig, ParallelConfig
 from megatron_rl.engine.initialize import finalize, initialize
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.trainer import sft, training
+from megatron_rl.trainer import sft, update
 from megatron_rl.trainer.guards import GuardStop
 from megatron_rl.trainer.metrics_log import read_metrics
 from megatron_rl.trainer.training import Training
@@ -45,7 +45,7 @@ def train(folder: Path, groups: Groups, monkeypatch: pytest.MonkeyPatch, trips: 
     run = supervised_run(folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(training, "tripped", trips)
+    monkeypatch.setattr(update, "tripped", trips)
     drawn: list[Any] = []
     minibatch = Training.minibatch
     monkeypatch.setattr(Training, "minibatch", lambda self, s, i: drawn.append(list(i)) or minibatch(self, s, i))
