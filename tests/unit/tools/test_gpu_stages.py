@@ -19,8 +19,8 @@ SMALL = "dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_at
 def figures(call: str) -> dict[str, Any]:
     """Of `call`, with the 1B shape replaced by a small one."""
     script = (
-        f"import json; from tools import gpu_stages as stages; stages.SHAPES['1B'] = {SMALL} | "
-        f"dict(vocab_size=600, num_key_value_heads=1); print(json.dumps(stages.{call}))"
+        f"import json; from tools import gpu_stages as stages; from tools.gpu import measure, training; "
+        f"measure.SHAPES['1B'] = {SMALL} | dict(vocab_size=600, num_key_value_heads=1); print(json.dumps({call}))"
     )
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stderr[-4000:]
@@ -29,7 +29,7 @@ def figures(call: str) -> dict[str, Any]:
 
 
 def test_log_prob_head() -> None:
-    found = figures("log_prob_head(False, tokens=64, hidden=32, vocab=500)")
+    found = figures("stages.log_prob_head(False, tokens=64, hidden=32, vocab=500)")
     # float32 against float64, of log-probs of about 7 nats.
     assert found["log_probs_error_against_float64"] < 1e-5
     assert found["gradient_error_against_float64"] < 1e-5
@@ -40,7 +40,7 @@ def test_log_prob_head() -> None:
 
 @pytest.mark.slow
 def test_training_step() -> None:
-    found = figures("_train(True, length=16)")
+    found = figures("training.training_step(True, length=16)")
     # Two layers: q, k, v 64 x 128, output 64 x 64, gate, up and down 64 x 128; two norms of 64 and two of 32. Output
     # layer 64 x 600 and the last norm.
     weights = 2 * (64 * 128 + 64 * 64 + 3 * 64 * 128 + 2 * 64 + 2 * 32) + 64 * 600 + 64
@@ -53,8 +53,8 @@ def test_training_step() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has it")
 def test_weight_sync_and_curve() -> None:
-    found = figures("weight_sync(True)")
+    found = figures("stages.weight_sync(True)")
     assert found["sync_over_copy"] > 0.0
-    found = figures("curve(True)")
+    found = figures("stages.curve(True)")
     assert found["float32_portable_largest_relative_difference"] < 1e-5, "here both are the host"
     assert found["bf16_largest_relative_difference"] < 0.05
