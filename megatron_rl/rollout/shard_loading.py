@@ -11,7 +11,7 @@ Importing this module imports vLLM; see `isolation`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,15 +100,22 @@ class ShardLoader:
 
     def end_bucket(self) -> None:
         """Check the layers that are complete, and let vLLM prepare them."""
-        for name in self._complete:
-            layer = self._layers[name]
-            for target in layer.targets:
+        # vLLM prepares a module with all that lies in it: an attention with sinks waits for its projections.
+        waiting = [name for name in self._complete if any(layer.missing for layer in self._inside(name))]
+        ready = [name for name in self._complete if name not in waiting]
+        for name in ready:
+            for target in self._layers[name].targets:
                 self._check(target)
-            info = get_layerwise_info(layer.module)
+        for name in sorted(ready, key=lambda name: -name.count(".")):
+            module = self._layers[name].module
+            info = get_layerwise_info(module)
             if info.can_load():
                 info.load_numel = 1  # counts as loaded in part, so that finalising prepares the layer
-                finalize_layerwise_reload(layer.module, self._model_config)
-        self._complete.clear()
+                finalize_layerwise_reload(module, self._model_config)
+        self._complete = waiting
+
+    def _inside(self, name: str) -> Iterator[_Layer]:
+        return (layer for other, layer in self._layers.items() if other.startswith(f"{name}."))
 
     def _check(self, target: str) -> None:
         values = self._target(target)
