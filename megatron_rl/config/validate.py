@@ -114,7 +114,11 @@ def check_model(
     if longest_sequence(config) > shape.max_position_embeddings:
         refuse("data.max_prompt_tokens + rollout.sampling.max_response_tokens", longest_sequence(config), limit)
     if generates:
-        _check_heads("rollout.tensor_model_parallel_size", config.rollout.tensor_model_parallel_size, shape)
+        key, engine_tp = "rollout.tensor_model_parallel_size", config.rollout.tensor_model_parallel_size
+        _check_heads(key, engine_tp, shape)
+        if shape.architecture in _NO_HEAD_TWICE and engine_tp > shape.num_key_value_heads:
+            allowed = f"at most {shape.num_key_value_heads}, the key-value heads, which vLLM's {shape.architecture}"
+            refuse(key, engine_tp, f"{allowed} cannot hold twice")
         if (config.rollout.max_model_len or 0) > shape.max_position_embeddings:
             refuse("rollout.max_model_len", config.rollout.max_model_len, limit)
 
@@ -138,6 +142,10 @@ def _check_stored_form(folder: Path) -> None:
         allowed = "one that is not, such as `megatron-rl convert` makes of it, to Megatron and back"
         given = f"'{folder}', whose weights are quantised ({quantized.get('quant_method')})"
         raise ConfigError(f"model.hf_path: given {given}, allowed: {allowed}")
+
+
+_NO_HEAD_TWICE = ("GptOssForCausalLM",)
+"""Architectures whose model in vLLM divides key-value heads among ranks and gives none to several."""
 
 
 def _check_heads(key: str, ranks: int, shape: ModelShape) -> None:

@@ -1,6 +1,7 @@
 """Validation: a sound configuration passes, and each rule refuses what breaks it, naming the key."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,14 @@ def test_what_is_not_is_refused(empty: Path, keys: Sequence[str], message: str) 
     assert given is not None
     assert given.startswith(message)
     assert "\n" not in given
+
+
+def test_what_vllm_cannot_hold_twice_is_refused(empty: Path) -> None:
+    keys = [*RL, "parallel.tensor_model_parallel_size=4", "rollout.tensor_model_parallel_size=4"]
+    few = replace(SHAPE, num_key_value_heads=2)
+    check_model(load_config(empty, keys), few, generates=True)
+    with pytest.raises(ConfigError, match=r"rollout.tensor_model_parallel_size: given 4, allowed: at most 2, the key-"):
+        check_model(load_config(empty, keys), replace(few, architecture="GptOssForCausalLM"), generates=True)
 
 
 def test_sft_needs_a_batch_size(empty: Path) -> None:
