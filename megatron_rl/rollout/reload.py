@@ -50,7 +50,7 @@ def reload_weights(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> 
     tensors = each_once(named_tensors)
     with set_current_vllm_config(worker.vllm_config), torch.no_grad():
         if current_platform.is_cpu():
-            forget_expert_kernels(model)
+            forget_kernels(model)
         initialize_layerwise_reload(model)
         if current_platform.is_cpu():
             _materialize_layers_loaded_by_copy(model)
@@ -84,9 +84,12 @@ def _require_complete(model: nn.Module, missing: set[str]) -> None:
         raise RuntimeError(f"weights for the engine lack {', '.join(sorted(missing))}")
 
 
-def forget_expert_kernels(model: nn.Module) -> None:
-    """Expert weights are packed when their kernel is made, and only then."""
+def forget_kernels(model: nn.Module) -> None:
+    """Weights packed for a CPU's kernels: a model would hold the old and the new ones of its largest layer at once, and
+    those of experts are packed when their kernel is made, and only then."""
     for layer in model.modules():
+        if hasattr(layer, "cpu_linear"):
+            layer.cpu_linear = None  # type: ignore[assignment]
         method: Any = getattr(layer, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
-from megatron_rl.rollout.reload import forget_expert_kernels, repack_output_weight
+from megatron_rl.rollout.reload import forget_kernels, repack_output_weight
 from megatron_rl.weights.checksum import add, checksum
 from megatron_rl.weights.exchange import OnFilled
 from megatron_rl.weights.messages import TransferError
@@ -71,7 +71,7 @@ class ShardLoader:
         self._stack.enter_context(set_current_vllm_config(self._vllm_config))
         self._stack.enter_context(torch.no_grad())
         if current_platform.is_cpu():
-            forget_expert_kernels(self._model)
+            forget_kernels(self._model)
         initialize_layerwise_reload(self._model)
         return self
 
