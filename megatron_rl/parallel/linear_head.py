@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_rl.parallel import triton_kernels
 from megatron_rl.parallel.linear_tiles import MOST_ROWS, TileShape
 from megatron_rl.parallel.vocab_parallel import check_temperature
 from megatron_rl.parallel.vocab_statistics import VocabShard
@@ -94,6 +95,7 @@ def fit(buffer: Tensor, rows: int, columns: int) -> Tensor:
     (`tools/bench_log_probs`); those of a few tokens would lose a digit. The Triton kernels want a token's logits side
     by side.
     """
-    flat = buffer[: rows * columns]
-    by_rows = buffer.is_cuda or rows < _KERNEL_ROWS
-    return flat.view(rows, columns) if by_rows else flat.view(columns, rows).t()
+    by_rows = buffer[: rows * columns].view(rows, columns)
+    if buffer.is_cuda or rows < _KERNEL_ROWS or triton_kernels.can_run(by_rows):
+        return by_rows
+    return by_rows.view(columns, rows).t()
