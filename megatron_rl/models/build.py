@@ -153,7 +153,8 @@ def _reduce_over_experts_ranks(model: GPTModel) -> None:
     optimizer that they go to and for the norm of gradients. It only does so with expert parallelism: without, it takes
     them for dense ones, whose ranks hold the same part only if experts are split over as many ranks as all the rest.
     What it does not know to be split it counts in the norm on the first of the tensor-parallel ranks alone; of experts
-    that is a bias, which only whole experts have, and every rank counts its own.
+    that is a bias, which only whole experts have, and every rank counts its own. With sequence parallelism it would sum
+    that bias over the tensor-parallel ranks once more, which are among the ranks with the same part.
     """
     config = model.config
     if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
@@ -162,6 +163,7 @@ def _reduce_over_experts_ranks(model: GPTModel) -> None:
         if ".mlp.experts." in name:
             parameter.allreduce = False
             parameter.tensor_model_parallel = True
+            parameter.sequence_parallel = False
 
 
 def _mark_shards(model: GPTModel) -> None:

@@ -69,6 +69,7 @@ def check(root: Path, family: str, num_ranks: int, cases: list[Case], timeout_s:
         ("qwen3_moe", 2, 1),
         pytest.param("qwen3_moe", 4, 9, marks=pytest.mark.slow),
         ("deepseek_v3", 2, 3),
+        ("gpt_oss", 2, 3),
     ],
 )
 def test_some_of_everything(root: Path, family: str, num_ranks: int, every: int) -> None:
