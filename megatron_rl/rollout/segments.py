@@ -30,6 +30,7 @@ def segments_of(group: int) -> set[Path]:
 
 
 def remove(segments: set[Path]) -> None:
-    """Remove them; those that are gone already are no matter."""
+    """Remove them. Those that are gone, or cannot be removed, are no matter: the group must end all the same."""
     for path in segments:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
