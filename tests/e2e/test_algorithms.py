@@ -16,9 +16,10 @@ from tests.checkpoints import make_checkpoint
 from tests.e2e.runs import Run, repeatable
 
 PRESETS = Path(__file__).parents[2] / "configs" / "algorithms"
-ONLINE = ["a2c", "cispo", "dapo", "dr_grpo", "exact_distillation", "grpo", "gspo", "on_policy_distillation", "ppo"]
-ONLINE += ["ppo_shared", "reinforce"]
+ONLINE = ["a2c", "cispo", "dapo", "dr_grpo", "exact_distillation", "grpo", "gspo", "gspo_token"]
+ONLINE += ["on_policy_distillation", "ppo", "ppo_shared", "ppo_trajectory", "reinforce"]
 ONLINE += ["reinforce_baseline", "reinforce_batch_norm", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "rloo"]
+WITH_CRITIC = ("a2c", "gspo_token", "ppo", "ppo_shared")
 OF_PAIRS = ["dpo", "ipo", "orpo", "simpo", "slic"]
 OF_SINGLE = ["kto"]
 REWARD_MODELS = ["process_reward_model", "reward_model", "reward_regression"]
@@ -79,7 +80,7 @@ def test_a_policy_gradient_algorithm_trains(preset: str, tmp_path: Path) -> None
     assert last["step"] == 2
     assert math.isfinite(last["policy/loss"])
     assert last["optim/grad_norm"] > 0
-    assert ("value/loss" in last) == (preset in ("ppo", "ppo_shared", "a2c"))
+    assert ("value/loss" in last) == (preset in WITH_CRITIC)
     assert ("policy/kl_ref" in last) == ("  coefficient: 0.0\n" not in (PRESETS / f"{preset}.yaml").read_text())
     if "distillation" in preset:
         assert last["policy/kl_ref"] > 0.01  # another model than the student
