@@ -1,6 +1,7 @@
 """Runs the quickstart's recipes of the algorithms, and prints what they reached as a table.
 
     python tools/run_algorithms.py ppo dpo             train configs/recipes/quickstart_{ppo,dpo}.yaml, then the table
+    python tools/run_algorithms.py dpo name=quickstart_weak algorithm.preference.beta=0.1        the same, set otherwise
     python tools/run_algorithms.py --table             the table of all such runs in runs/
 
 It needs the quickstart's material, runs/arithmetic and runs/quickstart_sft, in the current folder; recipes on judged
@@ -33,17 +34,23 @@ EVALUATED = "evaluated.json"
 def main() -> None:
     """Train what is named; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="recipes without quickstart_ and .yaml")
+    parser.add_argument(
+        "names", nargs="*", help="recipes without quickstart_ and .yaml, and settings for them, key=value"
+    )
     parser.add_argument("--table", action="store_true", help="print the table of all runs")
     arguments = parser.parse_args()
-    for name in arguments.names:
-        call("train", name, "logging.progress=false")
-        run = Path("runs") / f"{PREFIX}{name}"
+    overrides = [word for word in arguments.names if "=" in word]
+    renamed = [word.removeprefix(f"name={PREFIX}") for word in overrides if word.startswith("name=")]
+    trained = []
+    for recipe in (word for word in arguments.names if "=" not in word):
+        call("train", recipe, "logging.progress=false", *overrides)
+        trained.append(renamed[0] if renamed else recipe)
+        run = Path("runs") / f"{PREFIX}{trained[-1]}"
         if config_of(run)["recipe"] in ("preference", "sft"):
             before, after = (accuracy_of(path) for path in (config_of(run)["model"]["hf_path"], str(run / "hf")))
             (run / EVALUATED).write_text(json.dumps({"before": before, "after": after}) + "\n")
     names = sorted(path.name.removeprefix(PREFIX) for path in Path("runs").glob(f"{PREFIX}*"))
-    for line in table(names if arguments.table else arguments.names):
+    for line in table(names if arguments.table else trained):
         print(line)
 
 
