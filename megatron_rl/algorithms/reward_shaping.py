@@ -73,6 +73,31 @@ def rewards_spread_over_steps(scores: Tensor, step_ends: Tensor, loss_mask: Tens
     return torch.where(loss_mask != 0, (totals / tokens.clamp(min=1))[steps], 0.0).float()
 
 
+def rewards_of_progress(scores: Tensor, step_ends: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Process rewards as what each step changed: s_k - s_(k-1) on the last token of step k, the first from 0.
+
+    Where scores say how good a completion is *so far*, their sum counts one mistake in each step after it, so that the
+    shortest answer loses least. Their differences add up to the last score, however many steps there are. It is
+    potential-based shaping (Ng et al. 1999, theorem 1) with the score as the potential, undiscounted; of steps that are
+    judged one by one take `rewards_at_step_ends`.
+
+    Source: process rewards as progress, Setlur et al. 2024, arXiv:2410.08146.
+
+    Args:
+        scores, step_ends, loss_mask: as in `rewards_at_step_ends`.
+        cu_seqlens: [S + 1] int32; a sequence's first step has none before it.
+
+    Returns:
+        [T] float32.
+    """
+    ends = ((step_ends != 0) & (loss_mask != 0)).nonzero()[:, 0]
+    of_steps = scores.detach().float()[ends]
+    sequence = sequence_of_tokens(cu_seqlens, len(loss_mask))[ends]
+    before = torch.where(sequence[1:] == sequence[:-1], of_steps[:-1], 0.0)
+    placed = torch.zeros(len(loss_mask), dtype=torch.float32, device=loss_mask.device)
+    return placed.index_put((ends,), torch.cat([of_steps[:1], of_steps[1:] - before]))
+
+
 def on_scale(scores: Tensor, scale: str) -> Tensor:
     """What a reward model says, as a reward: its score s, or sigmoid(s), or log sigmoid(s).
 

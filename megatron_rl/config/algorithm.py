@@ -12,6 +12,7 @@ from megatron_rl.config.schema import (
     KLReference,
     Recipe,
     RewardModelKind,
+    StepCredit,
 )
 
 _OF_SEQUENCES = ("ppo_trajectory", "gspo", "gspo_token")
@@ -89,6 +90,11 @@ def _check_rl(config: Config) -> None:
         refuse("algorithm.kl.horizon", kl.horizon, f"at least {step_samples}, the samples of a step, with a target")
     if kl.reference_path is not None and kl.reference is not KLReference.fixed:
         refuse("algorithm.kl.reference", kl.reference.value, "fixed with algorithm.kl.reference_path")
+    learned = config.rewards.model
+    if learned.kind is RewardModelKind.outcome and learned.credit is not StepCredit.step_end:
+        refuse(
+            "rewards.model.credit", learned.credit.value, "step_end with rewards.model.kind=outcome: it has no steps"
+        )
     buffer, limit = config.rewards.overlong.buffer_tokens, rollout.sampling.max_response_tokens
     if buffer is not None and buffer > limit:
         refuse("rewards.overlong.buffer_tokens", buffer, f"at most {limit}, rollout.sampling.max_response_tokens")

@@ -1,9 +1,9 @@
 """A learned reward: a classifier scores what the engines wrote, on the training ranks or in a vLLM server.
 
 It reads prompt and completion as token ids, the end-of-sequence token included if it was sampled. An outcome model's
-score is that of the last token; a process model's are those of the last tokens of the steps, and each is the reward of
-that token. On the training ranks rows are laid out as for training, so every rank scores its share; a server is asked
-by the first rank. All ranks learn the scores.
+score is that of the last token; a process model's are those of the last tokens of the steps, and `rewards.model.credit`
+says which tokens get them. On the training ranks rows are laid out as for training, so every rank scores its share; a
+server is asked by the first rank. All ranks learn the scores.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_rl.algorithms.reward_shaping import on_scale
-from megatron_rl.config.schema import Config, RewardEngine, RewardModelConfig, RewardModelKind
+from megatron_rl.algorithms.reward_shaping import (
+    on_scale,
+    rewards_at_step_ends,
+    rewards_of_progress,
+    rewards_spread_over_steps,
+)
+from megatron_rl.config.schema import Config, RewardEngine, RewardModelConfig, RewardModelKind, StepCredit
 from megatron_rl.data.packing import unpack
 from megatron_rl.data.samples import Sample, TrainingSequence
 from megatron_rl.engine.scalar_model import ScalarModel
@@ -46,30 +52,42 @@ class LearnedReward:
     def __call__(self, samples: Sequence[Sample], training: Training) -> list[Sample]:
         """The samples with the learned reward in their total and among their terms; collective.
 
-        With a process model it is the sum over the steps, and `token_rewards` of a sample says where they are.
+        With a process model it is the sum over the tokens, and `token_rewards` of a sample says where they are.
         """
         ids = [(*sample.prompt.token_ids, *sample.completion.token_ids) for sample in samples]
-        scores = [on_scale(torch.from_numpy(v), self.config.scale.value).numpy() for v in self._values(ids, training)]
-        return [self._scored(sample, values) for sample, values in zip(samples, scores, strict=True)]
+        return [
+            scored(sample, torch.from_numpy(values), self.config, self._ends_step)
+            for sample, values in zip(samples, self._values(ids, training), strict=True)
+        ]
 
-    def _scored(self, sample: Sample, values: np.ndarray) -> Sample:
-        """Args: values: [tokens of prompt and completion]; of an outcome model the last is enough."""
-        weight, num_prompt = self.config.weight, len(sample.prompt.token_ids)
-        if self.config.kind is RewardModelKind.outcome:
-            score = float(values[-1])
-            terms = sample.reward_terms | {NAME: score}
-            return replace(sample, reward=sample.reward + weight * score, reward_terms=terms)
-        ends = self._ends_step[list(sample.completion.token_ids)]
+
+def scored(sample: Sample, values: Tensor, config: RewardModelConfig, ends_step: np.ndarray) -> Sample:
+    """A sample with its learned reward.
+
+    Args:
+        values: [tokens of prompt and completion] float32, the model's; of an outcome model the last is enough.
+        config: of the reward model.
+        ends_step: [vocabulary] bool: a token that ends a step. A completion's last one does anyway.
+    """
+    values = on_scale(values, config.scale.value)
+    token_rewards = None
+    if config.kind is RewardModelKind.process:
+        ends = torch.from_numpy(ends_step[list(sample.completion.token_ids)])
         ends[-1] = True
-        of_tokens = np.where(ends, values[num_prompt:], 0.0).astype(np.float32)
-        score = float(of_tokens.sum())
-        return replace(
-            sample,
-            reward=sample.reward + weight * score,
-            reward_terms=sample.reward_terms | {NAME: score},
-            token_rewards=tuple((weight * of_tokens).tolist()),
-        )
+        alone = torch.tensor([0, len(ends)], dtype=torch.int32)
+        values = _CREDITS[config.credit](values[-len(ends) :], ends, torch.ones(len(ends)), alone)
+        token_rewards = tuple((config.weight * values).tolist())
+    score = float(values[-1] if token_rewards is None else values.sum())
+    reward, terms = sample.reward + config.weight * score, sample.reward_terms | {NAME: score}
+    return replace(sample, reward=reward, reward_terms=terms, token_rewards=token_rewards)
 
+
+_CREDITS: dict[StepCredit, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    StepCredit.step_end: lambda scores, ends, mask, _: rewards_at_step_ends(scores, ends, mask),
+    StepCredit.spread: rewards_spread_over_steps,
+    StepCredit.progress: rewards_of_progress,
+}
+"""(scores, step ends, loss mask, cu_seqlens) -> rewards of the tokens."""
 
 Scorer = Callable[[Sequence[tuple[int, ...]], Training], list[np.ndarray]]
 """(token ids of each sample, the run) -> values of each sample's tokens, on all ranks; collective."""

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.trainer.metrics_log import read_metrics
 from megatron_rl.trainer.run_directory import RunDirectory
@@ -111,6 +113,15 @@ class Run:
         config = CONFIG | {name: CONFIG.get(name, {}) | section for name, section in sections.items()}
         (folder / "run.yaml").write_text(json.dumps(config))  # JSON is YAML
         (folder / "run_rewards.py").write_text(REWARDS)
+
+    def write_teacher(self) -> None:
+        """Another model of the policy's size in folder/teacher, for `algorithm.kl.reference_path`."""
+        torch.manual_seed(11)
+        teacher = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder / "model"))
+        # Logits of a few nats, where a model of the usual small weights would be nearly uniform, as the student is.
+        with torch.no_grad():
+            teacher.get_output_embeddings().weight.mul_(10)
+        teacher.save_pretrained(self.folder / "teacher")
 
     @property
     def rows(self) -> list[dict[str, float]]:

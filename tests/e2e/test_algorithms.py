@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from tests.checkpoints import make_checkpoint
 from tests.e2e.runs import Run, repeatable
 
 PRESETS = Path(__file__).parents[2] / "configs" / "algorithms"
@@ -44,17 +43,13 @@ def run_of(folder: Path, preset: str, recipe: str = "rl", **sections: dict[str, 
     )
     file = folder / "run.yaml"
     config = json.loads(file.read_text())
-    own = sections.get("algorithm")
-    config |= {"base": [str(PRESETS / f"{preset}.yaml")], "recipe": recipe, "algorithm": own or {}}
+    own = sections.get("algorithm", {})
+    if "distillation" in preset:
+        own = {"kl": {"reference_path": "teacher"}}
+        run.write_teacher()
+    config |= {"base": [str(PRESETS / f"{preset}.yaml")], "recipe": recipe, "algorithm": own}
     file.write_text(json.dumps(config))
     return run
-
-
-def with_teacher(preset: str, folder: Path) -> dict[str, Any]:
-    """Settings of a distillation: the teacher is another model of the same size."""
-    if "distillation" not in preset:
-        return {}
-    return {"kl": {"reference_path": str(make_checkpoint(folder / "teacher", "qwen3", seed=8))}}
 
 
 def judged_run(folder: Path, preset: str, recipe: str, rows: list[dict[str, Any]], **sections: dict[str, Any]) -> Run:
@@ -75,7 +70,7 @@ def test_every_preset_is_tested() -> None:
     "preset", [name if name == "ppo" else pytest.param(name, marks=pytest.mark.slow) for name in ONLINE]
 )
 def test_a_policy_gradient_algorithm_trains(preset: str, tmp_path: Path) -> None:
-    run = run_of(tmp_path, preset, algorithm=with_teacher(preset, tmp_path)).succeed()
+    run = run_of(tmp_path, preset).succeed()
     last = run.rows[-1]
     assert last["step"] == 2
     assert math.isfinite(last["policy/loss"])
@@ -134,8 +129,7 @@ def test_a_reward_model_trains_and_then_drives_a_policy(
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", SUPERVISED)
 def test_supervised_training(preset: str, tmp_path: Path) -> None:
-    algorithm = with_teacher(preset, tmp_path)
-    run = judged_run(tmp_path, preset, "sft", [row | {"label": 1} for row in SINGLE], algorithm=algorithm).succeed()
+    run = judged_run(tmp_path, preset, "sft", [row | {"label": 1} for row in SINGLE]).succeed()
     assert 0 < run.rows[-1]["sft/loss"] < 10
     assert run.rows[-1]["optim/grad_norm"] > 0
     if preset == "distillation":

@@ -3,9 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from tests.e2e.runs import Run
 
 ROWS = [{"prompt": f"{i}+{i}=", "response": str(2 * i)} for i in range(12)]
@@ -28,12 +25,7 @@ def test_smoothed_labels_and_a_teacher(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"recipe": "sft"}))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    torch.manual_seed(11)
-    teacher = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
-    # Logits of a few nats, where a model of the usual small weights would be nearly uniform, as the student is.
-    with torch.no_grad():
-        teacher.get_output_embeddings().weight.mul_(10)
-    teacher.save_pretrained(tmp_path / "teacher")
+    run.write_teacher()
     rows = run.succeed().rows
     assert len(rows) == 8
     assert rows[0]["policy/kl_ref"] > 0.01

@@ -53,6 +53,7 @@ from megatron_rl.config.schema.rewards import (
     RewardModelKind,
     RewardScale,
     RewardsConfig,
+    StepCredit,
 )
 from megatron_rl.config.schema.rollout import (
     EnginePlacement,
@@ -123,6 +124,7 @@ __all__ = [
     "RolloutConfig",
     "SamplingConfig",
     "SlurmConfig",
+    "StepCredit",
     "SupervisedConfig",
     "SyncConfig",
     "SyncTransport",

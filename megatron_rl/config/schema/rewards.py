@@ -29,6 +29,14 @@ class RewardModelKind(Enum):
     process = "process"
 
 
+class StepCredit(Enum):
+    """Which tokens a process reward goes to."""
+
+    step_end = "step_end"
+    spread = "spread"
+    progress = "progress"
+
+
 @dataclass
 class RewardFunctionConfig:
     """One reward function."""
@@ -61,6 +69,9 @@ class RewardModelConfig:
     """Factor of this reward in the total."""
     step_separator: str = "\n"
     """With kind process: a token whose text has this in it ends a step, as the last token does; '': every token."""
+    credit: StepCredit = StepCredit.step_end
+    """With kind process: a step's score goes to its last token (step_end), or in equal parts to all of them (spread);
+    progress: its last token gets what the step changed, for a model that judges the answer so far."""
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Rewards on tokens: at the end, at the ends of steps, spread over steps, and what length and KL take off."""
 
+import math
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from megatron_rl.algorithms.reward_shaping import (
     on_scale,
     overlong_penalty,
     rewards_at_step_ends,
+    rewards_of_progress,
     rewards_spread_over_steps,
     terminal_rewards,
 )
@@ -38,6 +41,21 @@ def test_process_rewards_by_hand() -> None:
     # Steps: tokens {1, 2} score 6; {4} (3 is a tool's) score 3; {5} score 8; 6 is after the last step.
     assert rewards_at_step_ends(SCORES, STEP_ENDS, MASK).tolist() == [0, 0, 6, 0, 3, 8, 0, 0, 0]
     assert rewards_spread_over_steps(SCORES, STEP_ENDS, MASK, CU_SEQLENS).tolist() == [0, 3, 3, 0, 3, 8, 0, 0, 0]
+    # 3 after 6 is a step back; the next sequence starts from 0 again.
+    assert rewards_of_progress(SCORES, STEP_ENDS, MASK, CU_SEQLENS).tolist() == [0, 0, 6, 0, -3, 8, 0, 0, 0]
+    assert rewards_of_progress(SCORES, torch.zeros(9), MASK, CU_SEQLENS).tolist() == [0] * 9
+
+
+def test_progress_pays_no_length_and_a_sum_does() -> None:
+    """One mistake, then nothing but it: each token more costs the sum, and progress adds up to the last score."""
+    right_so_far = torch.tensor([0.9, 0.1, 0.9, 0.1, 0.1, 0.1, 0.1])
+    mask, cu_seqlens = torch.ones(7), torch.tensor([0, 2, 7], dtype=torch.int32)
+    short, long = sequence_sums(rewards_of_progress(right_so_far, mask, mask, cu_seqlens), mask, cu_seqlens)
+    assert short == pytest.approx(0.1)
+    assert long == pytest.approx(0.1, abs=1e-6)  # differences of float32
+    logs = rewards_at_step_ends(right_so_far.log(), mask, mask)
+    short, long = sequence_sums(logs, mask, cu_seqlens)
+    assert short - long == pytest.approx(-3 * math.log(0.1), rel=1e-6)
 
 
 def test_spreading_keeps_each_sequences_total() -> None:

@@ -30,6 +30,7 @@ def configured(folder: Path, keys: Sequence[str]) -> Config:
         ("algorithm.correction.low=3",),  # metrics only
         ("algorithm.kl.target=0.1", "algorithm.kl.horizon=128"),  # 16 x 8 samples
         ("rewards.overlong.buffer_tokens=256",),
+        ("rewards.model.kind=process", "rewards.model.credit=progress"),
         ("algorithm.critic.shared=true", "algorithm.critic.optimizer.lr=1e-3"),
         ("algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=exact"),
         (
@@ -71,6 +72,10 @@ def test_what_is_sound_passes(keys: Sequence[str], tmp_path: Path) -> None:
         (
             ("algorithm.kl.reference_path=x", "algorithm.kl.reference=refreshed"),
             "algorithm.kl.reference: given 'refreshed', allowed: fixed with algorithm.kl.reference_path",
+        ),
+        (
+            ("rewards.model.credit=spread",),
+            "rewards.model.credit: given 'spread', allowed: step_end with rewards.model.kind=outcome: it has no steps",
         ),
         (
             ("rewards.overlong.buffer_tokens=257",),
