@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--num-prompts", type=int, default=5000)
     parser.add_argument("--heldout-fraction", type=float, default=0.1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     groups = sample_groups(config, arguments.num_prompts)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def main() -> None:
         "names", nargs="*", help="recipes without quickstart_ and .yaml, and settings for them, key=value"
     )
     parser.add_argument("--table", action="store_true", help="print the table of all runs")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     overrides = [word for word in arguments.names if "=" in word]
     renamed = [word.removeprefix(f"name={PREFIX}") for word in overrides if word.startswith("name=")]
     trained = []
