@@ -52,10 +52,12 @@ def run_of(folder: Path, preset: str, recipe: str = "rl", **sections: dict[str, 
     return run
 
 
-def judged_run(folder: Path, preset: str, recipe: str, rows: list[dict[str, Any]], **sections: dict[str, Any]) -> Run:
+def judged_run(
+    folder: Path, preset: str, recipe: str, rows: list[dict[str, Any]], *, global_batch_size: int = 4
+) -> Run:
     data = {"train": "judged.jsonl", "eval": "judged.jsonl"}
-    train = {"num_steps": 2, "global_batch_size": 4}
-    run = run_of(folder, preset, recipe, data=data, train=train, **sections)
+    train = {"num_steps": 2, "global_batch_size": global_batch_size}
+    run = run_of(folder, preset, recipe, data=data, train=train)
     (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 
@@ -96,8 +98,9 @@ def test_a_policy_trains_on_pairs(preset: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_policy_trains_on_single_completions(tmp_path: Path) -> None:
-    run = judged_run(tmp_path, "kto", "preference", SINGLE).succeed()
+    run = judged_run(tmp_path, "kto", "preference", SINGLE, global_batch_size=len(SINGLE)).succeed()
     assert run.rows[-1]["eval/heldout/loss"] < run.rows[0]["eval/heldout/loss"]
+    # The second step sees what the first did to the same rows.
     assert run.rows[-1]["preference/chosen_reward"] > run.rows[-1]["preference/rejected_reward"]
 
 
