@@ -56,15 +56,7 @@ def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dic
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise UserError(f"model.transformer_config: unknown field '{unknown[0]}' of Megatron's TransformerConfig")
-    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    pipeline_size = parallel_state.get_pipeline_model_parallel_world_size()
-    fields = dict(
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=pipeline_size,
-        virtual_pipeline_model_parallel_size=chunks,
-        context_parallel_size=parallel_state.get_context_parallel_world_size(),
-        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
-        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+    fields = _layout_fields() | dict(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -73,8 +65,6 @@ def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dic
         activation_func="silu",
         use_cpu_initialization=not HAS_CUDA,
         perform_initialization=True,
-        # The rows of a step differ in length, so pipeline stages tell each other the shape.
-        variable_seq_lengths=pipeline_size > 1,
         moe_token_dispatcher_type="alltoall",  # the one that takes them
         # Losses arrive divided by a global count; see engine/step.py.
         calculate_per_token_loss=True,
@@ -85,11 +75,6 @@ def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dic
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        # With two interleaved stages both neighbours are the same rank. Forward and backward messages in one batch
-        # would be taken for each other, so they are sent one by one, and then may overlap with computation.
-        overlap_p2p_comm=chunks is not None,
-        batch_p2p_comm=chunks is None,
-        batch_p2p_sync=HAS_CUDA,
     )
     fields |= family_of(hf).transformer_fields(hf) | overrides
     fields["activation_func"] = _ACTIVATIONS[fields["activation_func"]]
@@ -104,6 +89,26 @@ def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dic
         for name, value in yarn_attributes(rope).items():
             setattr(config, name, value)
     return config
+
+
+def _layout_fields() -> dict[str, Any]:
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    pipeline_size = parallel_state.get_pipeline_model_parallel_world_size()
+    return dict(
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=pipeline_size,
+        virtual_pipeline_model_parallel_size=chunks,
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        # The rows of a step differ in length, so pipeline stages tell each other the shape.
+        variable_seq_lengths=pipeline_size > 1,
+        # With two interleaved stages both neighbours are the same rank. Forward and backward messages in one batch
+        # would be taken for each other, so they are sent one by one, and then may overlap with computation.
+        overlap_p2p_comm=chunks is not None,
+        batch_p2p_comm=chunks is None,
+        batch_p2p_sync=HAS_CUDA,
+    )
 
 
 def build_gpt_model(

@@ -95,6 +95,13 @@ def start_engine(
         defaults |= {"kv_cache_memory_bytes": int(kv_cache_gigabytes * 1e9), "block_size": _CPU_KV_BLOCK_TOKENS}
     else:
         defaults |= {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
+    _check_engine_args(engine_args, decided)
+    config = EngineArgs(**decided, **(defaults | engine_args)).create_engine_config()
+    executor = GlooLauncherExecutor if ON_CPU and world_size > 1 else Executor.get_class(config)
+    return LLMEngine(config, executor_class=executor, log_stats=False)
+
+
+def _check_engine_args(engine_args: dict[str, Any], decided: dict[str, Any]) -> None:
     known = EngineArgs.__dataclass_fields__
     for name in engine_args:
         if name in decided:
@@ -103,9 +110,6 @@ def start_engine(
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; the nearest is {nearest[0]}" if nearest else ""
             raise RolloutError(f"rollout.engine_args.{name}: vLLM has no such engine argument{hint}")
-    config = EngineArgs(**decided, **(defaults | engine_args)).create_engine_config()
-    executor = GlooLauncherExecutor if ON_CPU and world_size > 1 else Executor.get_class(config)
-    return LLMEngine(config, executor_class=executor, log_stats=False)
 
 
 def generation_params(sampling: Sampling, *, max_tokens: int, seed: int) -> SamplingParams:
