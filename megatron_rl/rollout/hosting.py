@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from megatron_rl.rollout.address import Address, EngineLost
 from megatron_rl.rollout.server import START_SECONDS, EngineServer
@@ -83,14 +82,6 @@ class HostedServer:
         """
         self._number, self._folder, self._files = number, folder, _Files(folder, number)
         self._start, self.address = self._wait_for(0)
-
-    def get(self, path: str, *, timeout_seconds: float) -> Any:
-        """See `Address.get`."""
-        return self.address.get(path, timeout_seconds=timeout_seconds)
-
-    def post(self, path: str, body: Any = None, *, timeout_seconds: float, **query: str) -> Any:
-        """See `Address.post`."""
-        return self.address.post(path, body, timeout_seconds=timeout_seconds, **query)
 
     def restart(self) -> None:
         """Have the host end this start of the server, if it has not, and wait for the next one.

@@ -77,7 +77,7 @@ class RemoteEngine:
     def answers(self) -> bool:
         """Whether the server is alive and not frozen."""
         try:
-            self.server.get("/health", timeout_seconds=_HEALTH_SECONDS)
+            self.server.address.get("/health", timeout_seconds=_HEALTH_SECONDS)
         except EngineLost:
             return False
         return True
@@ -123,7 +123,8 @@ class RemoteEngine:
         Raises:
             EngineLost: the engine died, or has not loaded them; it is not resumed.
         """
-        self.server.post("/pause", mode=self._update_mode, clear_cache="true", timeout_seconds=self._pause_seconds())
+        address = self.server.address
+        address.post("/pause", mode=self._update_mode, clear_cache="true", timeout_seconds=self._pause_seconds())
         request = {
             "round": name,
             "way": way,
@@ -136,14 +137,14 @@ class RemoteEngine:
         if errors:
             raise EngineLost(errors[0])
         if names_weight_versions():
-            self.server.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=_CONTROL_SECONDS)
-        self.server.post("/reset_prefix_cache", reset_running_requests="true", timeout_seconds=_CONTROL_SECONDS)
-        self.server.post("/resume", timeout_seconds=_CONTROL_SECONDS)
+            address.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=_CONTROL_SECONDS)
+        address.post("/reset_prefix_cache", reset_running_requests="true", timeout_seconds=_CONTROL_SECONDS)
+        address.post("/resume", timeout_seconds=_CONTROL_SECONDS)
         self.weight_version = version
 
     def _ask_workers(self, method: str, request: dict[str, Any], timeout_seconds: float) -> list[dict[str, Any]]:
         body = {"method": method, "args": [json.dumps(request)]}
-        answer = self.server.post("/collective_rpc", body, timeout_seconds=timeout_seconds)
+        answer = self.server.address.post("/collective_rpc", body, timeout_seconds=timeout_seconds)
         return list(answer["results"])
 
     def _pause_seconds(self) -> float:
@@ -196,7 +197,7 @@ class RemoteEngine:
         }
         body = {"token_ids": list(prompt.token_ids), "sampling_params": params}
         version_before = self.weight_version
-        answer = self.server.post("/inference/v1/generate", body, timeout_seconds=self._generate_timeout)
+        answer = self.server.address.post("/inference/v1/generate", body, timeout_seconds=self._generate_timeout)
         (choice,) = answer["choices"]
         if choice["finish_reason"] not in ("stop", "length"):
             raise EngineLost(f"prompt {prompt.prompt_id}: the engine ended a completion: {choice['finish_reason']!r}")
@@ -217,7 +218,7 @@ class RemoteEngine:
         for sequence in sequences:
             params = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
             body = {"token_ids": list(sequence), "sampling_params": params}
-            answer = self.server.post("/inference/v1/generate", body, timeout_seconds=self._generate_timeout)
+            answer = self.server.address.post("/inference/v1/generate", body, timeout_seconds=self._generate_timeout)
             entries = answer["prompt_logprobs"][1:]
             out.append([entry[str(token)]["logprob"] for entry, token in zip(entries, sequence[1:], strict=True)])
         return out

@@ -49,7 +49,7 @@ class RewardServer:
                 "use_activation": False,
                 "encoding_format": "float",
             }
-            answer = self.server.post("/pooling", body, timeout_seconds=_REQUEST_SECONDS)
+            answer = self.server.address.post("/pooling", body, timeout_seconds=_REQUEST_SECONDS)
             of_request = sorted(answer["data"], key=lambda item: item["index"])
             found += [np.asarray(item["data"], dtype=np.float32).reshape(-1) for item in of_request]
         return found

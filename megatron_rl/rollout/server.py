@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_rl.rollout.address import LOOPBACK, Address, EngineLost, free_port_of
 from megatron_rl.rollout.door import PARENT_VARIABLE, TOKEN_VARIABLE
@@ -91,7 +90,7 @@ class EngineServer:
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                self.get("/health", timeout_seconds=5)
+                self.address.get("/health", timeout_seconds=5)
                 self._segments = segments_of(self.process.pid)  # while it lives: it may be found dead
                 return
             except EngineLost:
@@ -101,14 +100,6 @@ class EngineServer:
                     end = self.log.read_text(errors="replace")[-2000:]
                     raise EngineLost(f"the engine did not start (exit code {code}): {end}") from None
                 time.sleep(_POLL_SECONDS)
-
-    def get(self, path: str, *, timeout_seconds: float) -> Any:
-        """See `Address.get`."""
-        return self.address.get(path, timeout_seconds=timeout_seconds)
-
-    def post(self, path: str, body: Any = None, *, timeout_seconds: float, **query: str) -> Any:
-        """See `Address.post`."""
-        return self.address.post(path, body, timeout_seconds=timeout_seconds, **query)
 
     def restart(self) -> None:
         """End what is left of it and start it again, at another port, with another token.

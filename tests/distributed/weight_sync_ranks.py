@@ -99,12 +99,6 @@ class Server:
 
     address: Address
 
-    def get(self, path: str, **arguments: Any) -> Any:
-        return self.address.get(path, **arguments)
-
-    def post(self, path: str, body: Any = None, **arguments: Any) -> Any:
-        return self.address.post(path, body, **arguments)
-
 
 @dataclass(frozen=True)
 class Apart:

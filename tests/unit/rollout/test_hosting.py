@@ -61,7 +61,7 @@ def hosted(tmp_path: Path) -> Iterator[tuple[Path, HostedServer]]:
 
 
 def pid(server: HostedServer) -> int:
-    return int(server.get("/health", timeout_seconds=5))
+    return int(server.address.get("/health", timeout_seconds=5))
 
 
 def segment(server_pid: int) -> Path:
