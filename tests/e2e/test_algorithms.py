@@ -121,7 +121,7 @@ def test_a_reward_model_trains_and_then_drives_a_policy(
     assert kind.from_pretrained(trained.directory.hf_dir).num_labels == 1
     learned = {"hf_path": str(trained.directory.hf_dir)}
     if preset == "process_reward_model":
-        learned |= {"kind": "process", "step_separator": ""}
+        learned |= {"kind": "process", "step_separator": "", "credit": "progress"}
     functions = [{"name": "exact_match", "weight": 0.0}]
     run = run_of(tmp_path / "policy", "ppo", rewards={"functions": functions, "model": learned}).succeed()
     last = run.rows[-1]
