@@ -49,8 +49,8 @@ MICRO_BATCH_TOKENS = (1, 24, 4096)
 
 
 # The contract's bound. float32 rounds at 6e-8, and a gradient sums over 100 tokens and passes 4 layers. Its error is
-# measured by the norm of its tensor: single elements may cancel to nothing. Where transformers' own float32
-# gradients are further than half of it from its float64 ones, as with some experts, the bound is twice their error.
+# measured by the norm of its tensor: single elements may cancel to nothing. Where transformers' own float32 gradients,
+# of any loss, are further than half of it from its float64 ones, as with experts, the bound is twice their error.
 RELATIVE = 1e-5
 
 
@@ -156,16 +156,19 @@ def objective_of(loss: str, batch: MiniBatch) -> LossFunction:
     )
 
 
-def reference(folder: Path, loss: str) -> tuple[dict[str, float], dict[str, torch.Tensor], float]:
-    """(metrics, gradients by Hugging Face name) of one step from transformers in float64; how far a float32 may be."""
-    metrics, exact = step_of_transformers(folder, loss, torch.float64)
-    _, rounded = step_of_transformers(folder, loss, torch.float32)
-    return metrics, exact, max(RELATIVE, 2 * max(error(rounded[name], exact[name]) for name in exact))
+Step = tuple[dict[str, float], dict[str, torch.Tensor]]
+"""Metrics, and gradients by Hugging Face name."""
 
 
-def step_of_transformers(
-    folder: Path, loss: str, dtype: torch.dtype
-) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def references(folder: Path) -> tuple[dict[str, Step], float]:
+    """What each loss must give, from transformers in float64; how far a float32 may be from it, see RELATIVE."""
+    exact = {loss: step_of_transformers(folder, loss, torch.float64) for loss in LOSSES}
+    rounded = {loss: step_of_transformers(folder, loss, torch.float32)[1] for loss in LOSSES}
+    errors = [error(rounded[loss][name], of_loss[name]) for loss, (_, of_loss) in exact.items() for name in of_loss]
+    return exact, max(RELATIVE, 2 * max(errors))
+
+
+def step_of_transformers(folder: Path, loss: str, dtype: torch.dtype) -> Step:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )
@@ -208,19 +211,19 @@ def as_stored(name: str, gradient: torch.Tensor, *, stacked: bool) -> dict[str, 
 
 def visit(rank: int, folder: Path, cases: list[Case], expected: Path) -> list[str]:
     """What is wrong at each case, in words; none is what is wanted. Neighbours of one placement share a model."""
-    references = torch.load(expected, weights_only=True)
+    of_losses, bound = torch.load(expected, weights_only=True)
     wrong: list[str] = []
     for (layout, model), of_placement in groupby(cases, key=lambda case: (case.layout, case.model)):
         stepper = Stepper(folder, layout, model)
         for case in of_placement:
             metrics, gradients = stepper.step(case)
             if rank == 0:
-                wrong += [f"{case}: {what}" for what in differences(metrics, gradients, *references[case.loss])]
+                wrong += [f"{case}: {what}" for what in differences(metrics, gradients, *of_losses[case.loss], bound)]
         leave(stepper.policy)
     return wrong
 
 
-def step_at(folder: Path, case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def step_at(folder: Path, case: Case) -> Step:
     """(metrics, gradients by Hugging Face name) of one step at a layout; leaves the world as it was before."""
     stepper = Stepper(folder, case.layout, case.model)
     found = stepper.step(case)
@@ -238,7 +241,7 @@ class Stepper:
         self.policy = Policy(settings, groups, self.parallel, use_distributed_optimizer=False)
         self.optimizer = Optimizer(OptimizerConfig(use_distributed_optimizer=False), self.policy, num_steps=1)
 
-    def step(self, case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    def step(self, case: Case) -> Step:
         """(metrics with the norm of the gradients, gradients by Hugging Face name); the weights stay."""
         policy, groups = self.policy, self.policy.groups
         sequences = sequences_of(case.loss)
