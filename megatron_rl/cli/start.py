@@ -32,7 +32,7 @@ from megatron_rl.data.datasets import load_prompts, load_sft
 from megatron_rl.data.files import read_rows
 from megatron_rl.data.preferences import load_judgements
 from megatron_rl.models.capabilities import capabilities
-from megatron_rl.models.choices import asks_for_hardware, choose
+from megatron_rl.models.choices import asks_for_hardware, check_engines, choose
 from megatron_rl.models.families import check_family, family_of
 from megatron_rl.placement.layout import Layout, layout_of
 from megatron_rl.rewards.registry import resolve_rewards
@@ -90,6 +90,7 @@ def start(arguments: argparse.Namespace, import_work: Callable[[], Work], *, com
             signal.signal(number, _leave_before_the_first_step)
     if asks_for_hardware(config):
         choose(capabilities(), config.model, config.optimizer.implementation)
+        check_engines(capabilities(), config.rollout)
     is_first = (variables or {"RANK": "0"})["RANK"] == "0"
     if is_first and not evaluates and not arguments.data_checked:  # engines take a while to start before the first bar
         print(f"{Path(config.output_dir) / config.name}: {config.recipe.name} on {_ranks(layout)}", flush=True)

@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import platform
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -88,6 +89,8 @@ class Capabilities:
     """apex was built with the extension that adds a weight's gradient to what is there already."""
     flash_attention: tuple[int, ...] = ()
     """Generations of flash attention that are installed, of 2, 3 and 4."""
+    exact_int8: bool = True
+    """Sums of int8 products do not overflow: not so on an x86 CPU without VNNI, where oneDNN adds pairs in 16 bits."""
 
     @property
     def gpu(self) -> bool:
@@ -115,4 +118,5 @@ def capabilities() -> Capabilities:
             for generation, distribution in ((2, "flash-attn"), (3, "flash-attn-3"), (4, "flash-attn-4"))
             if _installed(distribution)
         ),
+        exact_int8=torch.cuda.is_available() or platform.machine() != "x86_64" or torch.cpu._is_vnni_supported(),
     )

@@ -17,7 +17,15 @@ from typing import Any
 
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.numerics import fp8_recipe
-from megatron_rl.config.schema import AdamImplementation, Config, Fp8Recipe, LayerSpec, ModelConfig
+from megatron_rl.config.schema import (
+    AdamImplementation,
+    Config,
+    Fp8Recipe,
+    LayerSpec,
+    ModelConfig,
+    QuantizedFormat,
+    RolloutConfig,
+)
 from megatron_rl.models.capabilities import Capabilities
 
 _FP8_NEEDS = {
@@ -84,7 +92,15 @@ def asks_for_hardware(config: Config) -> bool:
         or model.layer_spec is LayerSpec.transformer_engine
         or adam in (AdamImplementation.transformer_engine, AdamImplementation.apex)
         or any(model.transformer_config.get(name) for name in _FUSIONS)
+        or config.rollout.quantization is QuantizedFormat.int8
     )
+
+
+def check_engines(available: Capabilities, rollout: RolloutConfig) -> None:
+    """Raise ConfigError for engines whose kernels compute something else than their weights say on this machine."""
+    if rollout.quantization is QuantizedFormat.int8 and not available.exact_int8:
+        reason = "this CPU has no VNNI, without which sums of int8 products overflow"
+        _refuse("rollout.quantization", "int8", f"null, fp8, fp8_block: {reason}")
 
 
 def choose(available: Capabilities, model: ModelConfig, optimizer: AdamImplementation) -> Choices:

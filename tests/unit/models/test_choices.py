@@ -7,9 +7,17 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.errors import ConfigError
-from megatron_rl.config.schema import AdamImplementation, Fp8Format, Fp8Recipe, LayerSpec, ModelConfig
+from megatron_rl.config.schema import (
+    AdamImplementation,
+    Fp8Format,
+    Fp8Recipe,
+    LayerSpec,
+    ModelConfig,
+    QuantizedFormat,
+    RolloutConfig,
+)
 from megatron_rl.models.capabilities import Capabilities
-from megatron_rl.models.choices import Choices, choose
+from megatron_rl.models.choices import Choices, check_engines, choose
 
 GPUS = (None, (8, 0), (8, 9), (9, 0), (10, 0))
 FLASH = ((), (2,), (3,), (2, 4))
@@ -172,3 +180,11 @@ def test_choices_are_one_line() -> None:
     assert str(choose(Capabilities(), ModelConfig(), AUTO)) == (
         "layers portable; attention torch; Adam torch; fusions none"
     )
+
+
+def test_engines_in_int8_where_its_products_overflow() -> None:
+    int8 = RolloutConfig(quantization=QuantizedFormat.int8)
+    check_engines(Capabilities(), int8)
+    check_engines(Capabilities(exact_int8=False), RolloutConfig(quantization=QuantizedFormat.fp8))
+    with pytest.raises(ConfigError, match=r"rollout\.quantization: given int8, allowed: null, fp8, .* no VNNI"):
+        check_engines(Capabilities(exact_int8=False), int8)
