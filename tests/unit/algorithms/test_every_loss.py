@@ -103,8 +103,10 @@ def test_no_packing_padding_order_micro_batch_or_rank_matters(case: Case, mode: 
                 for i in row:
                     end = start + len(MASKS[i])
                     for name in case.trained:
-                        # Bit for bit: sums over a sequence run in its own order, and the weights are the batch's.
-                        assert torch.equal(gradients[name][start:end], reference[name][cuts[i] : cuts[i + 1]])
+                        # Sums over a sequence run in its own order, and the weights are the batch's. What is left is
+                        # the last bit of exp, which torch computes by another code in vectors than in what is over.
+                        found, expected = gradients[name][start:end], reference[name][cuts[i] : cuts[i + 1]]
+                        torch.testing.assert_close(found, expected, atol=1e-15, rtol=1e-14)
                     start = end
             # Only the order of a float64 sum of six terms differs.
             torch.testing.assert_close(total, whole, atol=1e-14, rtol=1e-14)
