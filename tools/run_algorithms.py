@@ -40,12 +40,14 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of all runs")
     arguments = parser.parse_intermixed_args()
     overrides = [word for word in arguments.names if "=" in word]
+    recipes = [word for word in arguments.names if "=" not in word]
     renamed = [word.removeprefix(f"name={PREFIX}") for word in overrides if word.startswith("name=")]
-    trained = []
-    for recipe in (word for word in arguments.names if "=" not in word):
+    if renamed and (len(recipes) != 1 or "=" in renamed[-1]):
+        parser.error(f"name= is for one recipe, and begins with {PREFIX}")
+    trained = renamed[-1:] or recipes
+    for recipe, name in zip(recipes, trained, strict=True):
         call("train", recipe, "logging.progress=false", *overrides)
-        trained.append(renamed[0] if renamed else recipe)
-        run = Path("runs") / f"{PREFIX}{trained[-1]}"
+        run = Path("runs") / f"{PREFIX}{name}"
         if config_of(run)["recipe"] in ("preference", "sft"):
             before, after = (accuracy_of(path) for path in (config_of(run)["model"]["hf_path"], str(run / "hf")))
             (run / EVALUATED).write_text(json.dumps({"before": before, "after": after}) + "\n")

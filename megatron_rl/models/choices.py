@@ -84,7 +84,7 @@ class Choices:
 
 
 def asks_for_hardware(config: Config) -> bool:
-    """Whether a configuration asks for something that not every machine has, so that `choose` could refuse it."""
+    """Whether a configuration asks for what not every machine has: `choose` or `check_engines` could refuse it."""
     model, adam = config.model, config.optimizer.implementation
     return (
         model.fp8 is not None

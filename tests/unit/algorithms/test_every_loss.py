@@ -103,10 +103,10 @@ def test_no_packing_padding_order_micro_batch_or_rank_matters(case: Case, mode: 
                 for i in row:
                     end = start + len(MASKS[i])
                     for name in case.trained:
-                        # Sums over a sequence run in its own order, and the weights are the batch's. What is left is
-                        # the last bit of exp, which torch computes by another code in vectors than in what is over.
+                        # Bit for bit: sums over a sequence run in its own order, and the weights are the batch's. But
+                        # torch's sigmoid in a vector and in what is over differ by up to 3e-16 of it on some CPUs.
                         found, expected = gradients[name][start:end], reference[name][cuts[i] : cuts[i + 1]]
-                        torch.testing.assert_close(found, expected, atol=1e-15, rtol=1e-14)
+                        torch.testing.assert_close(found, expected, atol=0, rtol=1e-15 if case.name == "kto" else 0)
                     start = end
             # Only the order of a float64 sum of six terms differs.
             torch.testing.assert_close(total, whole, atol=1e-14, rtol=1e-14)
