@@ -90,7 +90,7 @@ class Capabilities:
     flash_attention: tuple[int, ...] = ()
     """Generations of flash attention that are installed, of 2, 3 and 4."""
     exact_int8: bool = True
-    """Sums of int8 products do not overflow: not so on an x86 CPU without VNNI, where oneDNN adds pairs in 16 bits."""
+    """vLLM's int8 products are right: they were found wrong on an x86 CPU without VNNI."""
 
     @property
     def gpu(self) -> bool:

@@ -99,7 +99,7 @@ def asks_for_hardware(config: Config) -> bool:
 def check_engines(available: Capabilities, rollout: RolloutConfig) -> None:
     """Raise ConfigError for engines whose kernels compute something else than their weights say on this machine."""
     if rollout.quantization is QuantizedFormat.int8 and not available.exact_int8:
-        reason = "this CPU has no VNNI, without which sums of int8 products overflow"
+        reason = "this CPU has no VNNI, without which products in int8 were found wrong"
         _refuse("rollout.quantization", "int8", f"null, fp8, fp8_block: {reason}")
 
 

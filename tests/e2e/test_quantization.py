@@ -72,7 +72,7 @@ def policy_and_engine(rank: int, folders: list[Path], format: QuantizedFormat) -
 INT8 = pytest.param(
     QuantizedFormat.int8,
     marks=pytest.mark.skipif(
-        not capabilities().exact_int8, reason="a CPU without VNNI: int8 products overflow in vLLM"
+        not capabilities().exact_int8, reason="a CPU without VNNI: int8 products of vLLM are wrong"
     ),
 )
 

@@ -182,7 +182,7 @@ def test_choices_are_one_line() -> None:
     )
 
 
-def test_engines_in_int8_where_its_products_overflow() -> None:
+def test_engines_in_int8_where_its_products_are_wrong() -> None:
     int8 = RolloutConfig(quantization=QuantizedFormat.int8)
     check_engines(Capabilities(), int8)
     check_engines(Capabilities(exact_int8=False), RolloutConfig(quantization=QuantizedFormat.fp8))
