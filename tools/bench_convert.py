@@ -26,7 +26,7 @@ from megatron_rl.config.schema import Dtype, ModelConfig, ParallelConfig
 from megatron_rl.engine.initialize import initialize
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.families import family_of
-from megatron_rl.weights.sharded_export import ExportPlan
+from megatron_rl.weights.files.hf_writer import ExportPlan
 from tests.distributed.spawn import run_ranks
 
 # The sizes of Qwen2.5-1.5B, untied.

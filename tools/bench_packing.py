@@ -69,8 +69,8 @@ def report_step(lengths: list[int], micro_batch_tokens: int) -> None:
     from megatron_rl.engine.initialize import finalize, initialize
     from megatron_rl.engine.policy import Policy
     from megatron_rl.engine.step import forward_backward
-    from megatron_rl.trainer.minibatch import MiniBatch
-    from megatron_rl.trainer.objectives import SupervisedObjective
+    from megatron_rl.objectives.minibatch import MiniBatch
+    from megatron_rl.objectives.objectives import SupervisedObjective
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29555")
     with tempfile.TemporaryDirectory() as folder:

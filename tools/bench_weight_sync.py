@@ -30,13 +30,13 @@ from transformers import AutoConfig
 
 from megatron_rl.models.families import family_of
 from megatron_rl.models.tensor_map import TensorMap
-from megatron_rl.weights.engine_table import engine_maps
-from megatron_rl.weights.exchange import Exchange, Pending
-from megatron_rl.weights.folder import FolderTransport
-from megatron_rl.weights.holders import EngineRanks, TrainedRanks
-from megatron_rl.weights.orders import Orders
-from megatron_rl.weights.shard_plan import ShardPlan, Slice
-from megatron_rl.weights.sockets import Door, Listener, connect
+from megatron_rl.weights.plan.engine_table import engine_maps
+from megatron_rl.weights.plan.rank_plan import Orders
+from megatron_rl.weights.plan.ranks import EngineRanks, TrainedRanks
+from megatron_rl.weights.plan.shard_plan import ShardPlan, Slice
+from megatron_rl.weights.transport.exchange import Exchange, Pending
+from megatron_rl.weights.transport.folder import FolderTransport
+from megatron_rl.weights.transport.sockets import Door, Listener, connect
 from tools.bench_log_probs import PeakMemory
 
 BUCKET = 64 << 20
@@ -221,7 +221,7 @@ def into_vllm(
 ) -> None:
     """The figures that need an engine."""
     from megatron_rl.rollout.engine import RolloutEngine
-    from megatron_rl.weights.gather import assemble
+    from megatron_rl.weights.files.gather import assemble
     from tests.checkpoints import make_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:

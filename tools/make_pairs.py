@@ -18,13 +18,12 @@ from pathlib import Path
 
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
+from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.datasets import load_prompts
 from megatron_rl.data.samples import Sample
-from megatron_rl.rewards.registry import resolve_rewards
-from megatron_rl.rewards.scoring import score
-from megatron_rl.trainer.engines import build_engine
+from megatron_rl.rewards.scoring import resolve_rewards, score
+from megatron_rl.sync.engines import build_engine
 from megatron_rl.trainer.rollouts import draw_seeds, training_sampling
-from megatron_rl.trainer.tokenizer import load_tokenizer
 
 
 def sample_groups(config: Config, num_prompts: int) -> list[list[Sample]]:

@@ -2,7 +2,7 @@
 
     python -m tools.plan_weight_sync [--nvlink 450] [--network 50]
 
-Nothing is run: the plans come from layouts alone (`megatron_rl/weights/shard_plan.py`). Rates are in GB/s for one GPU
+Nothing is run: the plans come from layouts alone (`weights/plan/shard_plan.py`). Rates are in GB/s for one GPU
 and one direction; ranks of a node (8) are linked by NVLink, others by the network. Engines have nodes of their own, so
 that everything but what an engine copies to itself crosses the network. `gather` is what every engine rank receives
 when whole tensors are gathered on every trained rank and sent on whole, `rank 0` what rank 0 sends when it broadcasts
@@ -15,9 +15,9 @@ from collections import Counter
 from typing import Any
 
 from megatron_rl.models.families import family_of
-from megatron_rl.weights.engine_table import engine_maps, hf_shapes
-from megatron_rl.weights.holders import EngineRanks, TrainedRanks, even_stages
-from megatron_rl.weights.shard_plan import ShardPlan
+from megatron_rl.weights.plan.engine_table import engine_maps, hf_shapes
+from megatron_rl.weights.plan.ranks import EngineRanks, TrainedRanks, even_stages
+from megatron_rl.weights.plan.shard_plan import ShardPlan
 
 NODE = 8
 QWEN3_MOE: dict[str, Any] = dict(

@@ -27,10 +27,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.aggregation import sequence_means, sequence_sums, to_tokens
 from megatron_rl.algorithms.kl import MAX_LOG_RATIO
 from megatron_rl.algorithms.metrics import EffectiveSampleSize, Metric, masked_max, masked_mean, masked_min
 from megatron_rl.algorithms.non_finite import finite_inputs, nan_where_not
-from megatron_rl.algorithms.sequences import sequence_means, sequence_sums, to_tokens
 
 Level = Literal["token", "sequence", "geometric"]
 Method = Literal["truncate", "mask", "reject"]

@@ -10,13 +10,32 @@ biased estimate then, and no guarantee of monotonic improvement is left.
 
 `ppo_clip_loss` is what is differentiated; `ppo_clip_metrics` describes the same tokens without a gradient. Both work on
 per-token log-ratios; masks and the division belong to `aggregation`.
+
+Policy-gradient losses without a trust region: REINFORCE, its importance-weighted form, and CISPO.
+
+REINFORCE, REINFORCE with a baseline, RLOO, REINFORCE++ and A2C are one loss; they differ in what the advantages are
+(`advantages`, `gae`). A gradient is right at one point, the policy that sampled: these losses are for one update per
+batch, or need the importance weight.
+
+Clipped surrogates of a completion's ratio: of its probability (PPO per trajectory), or the mean per token (GSPO).
+
+PPO's and GRPO's ratio is printed per completion at times. The papers of both take it per token (`policy_loss`); a
+reward for the whole completion asks for the ratio of the whole, whose spread grows with length, and GSPO's geometric
+mean is the one that has the same scale at every length.
+
+Every function returns one value per token, the same on all tokens of a completion, so that any aggregation applies;
+`sequence_mean_token_mean` makes of it the mean over completions that the papers print. They see whole sequences: under
+context parallelism gather the row's log-probs first. `ppo_clip_metrics` describes them when it is given the log-ratios
+of `importance.log_ratios` and zeros for the old policy.
 """
 
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.importance import log_ratios
 from megatron_rl.algorithms.kl import MAX_LOG_RATIO, kl_estimate
 from megatron_rl.algorithms.metrics import Metric, masked_max, masked_mean, masked_min
+from megatron_rl.algorithms.non_finite import finite_inputs, nan_where_not
 
 
 def ppo_clip_loss(
@@ -106,3 +125,190 @@ def ppo_clip_metrics(
         "policy/clip_fraction_high": masked_mean(high.double(), mask),
         "policy/clip_fraction_dual": masked_mean(dual.double(), mask),
     }
+
+
+def reinforce_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """Per-token REINFORCE, to be minimised: L_t = -A_t log_probs_t. Its value means nothing; its gradient does.
+
+    Source: Williams 1992, doi:10.1007/BF00992696; as the actor of A2C: Mnih et al. 2016, arXiv:1602.01783.
+
+    Args:
+        log_probs: [T] float32, nats. Of the policy that sampled; carries the gradient, -A_t.
+        advantages: [T] float32. Constant in the gradient.
+
+    Returns:
+        [T] in log_probs' dtype, before mask and division (`aggregation`); nan with gradient 0 where an input is not
+        finite.
+    """
+    finite, (log_probs, advantages) = finite_inputs(log_probs, advantages.detach())
+    return nan_where_not(finite, -advantages * log_probs)
+
+
+def importance_weighted_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """Per-token surrogate without a clip, to be minimised: L_t = -r_t A_t, r_t = exp(log_probs_t - old_log_probs_t).
+
+    Under samples of the old policy its gradient is unbiased for actions, given their states; over a whole completion
+    the product of the ratios would be needed. At r = 1 it is REINFORCE, bit for bit in the gradient. Nothing bounds it.
+
+    Source: Schulman et al. 2015, arXiv:1502.05477, eq. 14 (the objective of TRPO, without its constraint).
+
+    Args:
+        log_probs: [T] float32, nats. Carries the gradient, -r_t A_t.
+        old_log_probs: [T] float32, nats. Of the policy that sampled; constant in the gradient.
+        advantages: [T] float32. Constant in the gradient.
+
+    Returns:
+        [T] as `reinforce_loss`. The log-ratio is bounded above by `kl.MAX_LOG_RATIO`.
+    """
+    finite, (log_ratio, advantages) = finite_inputs(log_probs - old_log_probs.detach(), advantages.detach())
+    return nan_where_not(finite, -log_ratio.clamp(max=MAX_LOG_RATIO).exp() * advantages)
+
+
+def cispo_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
+    """Per-token CISPO, to be minimised: the importance *weight* is clipped, and no token loses its gradient.
+
+        L_t = -sg(clip(r_t, 1 - clip_low, 1 + clip_high)) A_t log_probs_t,   r_t = exp(log_probs_t - old_log_probs_t)
+
+    PPO's clip silences rare tokens that a first update made likely, often those that turn a chain of thought ("wait");
+    here they go on learning with the bounded weight. MiniMax uses no lower bound: clip_low 1 is that.
+
+    Source: MiniMax-M1, arXiv:2506.13585, eq. 4 and 5.
+
+    Args:
+        log_probs: [T] float32, nats. Carries the gradient, -clip(r_t) A_t.
+        old_log_probs: [T] float32, nats. Constant in the gradient.
+        advantages: [T] float32. Constant in the gradient.
+        clip_low, clip_high: bounds of the weight around 1, dimensionless, >= 0.
+
+    Returns:
+        [T] as `reinforce_loss`.
+    """
+    finite, (log_probs, log_ratio, advantages) = finite_inputs(
+        log_probs, (log_probs - old_log_probs).detach(), advantages.detach()
+    )
+    weights = log_ratio.clamp(max=MAX_LOG_RATIO).exp().clamp(1 - clip_low, 1 + clip_high)
+    return nan_where_not(finite, -weights * advantages * log_probs)
+
+
+@torch.no_grad()
+def cispo_metrics(
+    log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
+) -> dict[str, Metric]:
+    """How many weights the clip bounds; unlike in PPO, their tokens still learn.
+
+    Returns:
+        policy/clip_fraction, its parts _low and _high, and policy/ratio_min and _max, as in `ppo_clip_metrics`.
+    """
+    ratio = (log_probs.double() - old_log_probs.double()).clamp(max=MAX_LOG_RATIO).exp()
+    low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
+    return {
+        "policy/ratio_max": masked_max(ratio, mask),
+        "policy/ratio_min": masked_min(ratio, mask),
+        "policy/clip_fraction": masked_mean((low | high).double(), mask),
+        "policy/clip_fraction_low": masked_mean(low.double(), mask),
+        "policy/clip_fraction_high": masked_mean(high.double(), mask),
+    }
+
+
+def gspo_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """Clipped surrogate of the geometric-mean ratio of a completion, on each of its tokens; to be minimised.
+
+        L_t = -min(s A_t, clip(s, 1 - clip_low, 1 + clip_high) A_t)
+        s = exp(mean over i of log_probs_i - old_log_probs_i)
+
+    Its gradient is shared by the completion: token t of n trained ones gets -s sum_j w_j A_j / n from the unclipped
+    tokens j, with w_j the weights of the aggregation. Bounds are far narrower than PPO's: the paper has 3e-4 and 4e-4.
+
+    Source: GSPO, arXiv:2507.18071, eq. 5 and 7.
+
+    Args:
+        log_probs: [T] float32, nats. Carries the gradient.
+        old_log_probs: [T] float32, nats. Constant in the gradient.
+        advantages: [T] float32, one value per completion. Constant in the gradient.
+        loss_mask: [T], 1 for trained tokens, else 0; masked tokens may hold anything.
+        cu_seqlens: [S + 1] int32.
+        clip_low, clip_high: half-widths of the trust region of s, dimensionless.
+        dual_clip: as in `ppo_clip_loss`.
+
+    Returns:
+        [T] in log_probs' dtype, before mask and division (`aggregation`). Where a trained token of the completion is
+        nan or infinite, all its tokens are nan, with gradient 0.
+    """
+    ratios = log_ratios(log_probs, old_log_probs, loss_mask, cu_seqlens, level="geometric")
+    return _clipped(ratios, advantages, clip_low, clip_high, dual_clip)
+
+
+def gspo_token_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """GSPO for advantages that differ between the tokens of a completion; to be minimised.
+
+        L_t = -min(s_t A_t, clip(s_t, 1 - clip_low, 1 + clip_high) A_t)
+        s_t = sg(s) exp(log_probs_t - sg(log_probs_t))
+
+    The value and the clip are the completion's, the gradient is the token's own. With one advantage per completion it
+    is `gspo_loss` in value, and in gradient too when the tokens of a completion have equal weights.
+
+    Source: GSPO, arXiv:2507.18071, eq. 13 and 14. Arguments and result as `gspo_loss`.
+    """
+    shared = log_ratios(log_probs, old_log_probs, loss_mask, cu_seqlens, level="geometric").detach()
+    return _clipped(shared + (log_probs - log_probs.detach()), advantages, clip_low, clip_high, dual_clip)
+
+
+def ppo_trajectory_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """Clipped surrogate of the ratio of whole completions, on each of its tokens; to be minimised.
+
+        L_t = -min(R A_t, clip(R, 1 - clip_low, 1 + clip_high) A_t)
+        R = exp(sum over i of log_probs_i - old_log_probs_i)
+
+    R is the unbiased weight of a completion, and the noisiest: with a spread of 0.1 nats per token it leaves [0.8, 1.2]
+    within a few tokens. With the weights of `sequence_mean_token_mean` the gradient of each token is -R A /
+    num_sequences.
+
+    Source: the action of PPO, arXiv:1707.06347, eq. 7, taken to be the completion. Arguments and result as `gspo_loss`.
+    """
+    ratios = log_ratios(log_probs, old_log_probs, loss_mask, cu_seqlens, level="sequence")
+    return _clipped(ratios, advantages, clip_low, clip_high, dual_clip)
+
+
+def _clipped(
+    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> Tensor:
+    return ppo_clip_loss(
+        log_ratio,
+        log_ratio.new_zeros(()),
+        advantages,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+    )

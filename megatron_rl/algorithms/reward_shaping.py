@@ -8,7 +8,7 @@ Group-relative advantages of process rewards (DeepSeekMath, arXiv:2402.03300, se
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.sequences import sequence_of_tokens
+from megatron_rl.algorithms.aggregation import sequence_of_tokens
 
 
 def terminal_rewards(rewards: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -13,13 +13,11 @@ from megatron_rl.checkpoint.folders import cannot_write
 from megatron_rl.config.errors import UserError
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.tensor_map import TensorMap
-from megatron_rl.weights.hf_checkpoint_files import HFCheckpointFiles
-from megatron_rl.weights.hf_files import begin, complete
-from megatron_rl.weights.local_shards import Place
-from megatron_rl.weights.safetensors_format import DTYPES
-from megatron_rl.weights.safetensors_header import StoredTensor
-from megatron_rl.weights.sharded_export import ExportPlan, ShardWriter
-from megatron_rl.weights.stored_forms import FLOATS
+from megatron_rl.weights.files.hf_checkpoint import HFCheckpointFiles
+from megatron_rl.weights.files.hf_writer import ExportPlan, ShardWriter, begin, complete
+from megatron_rl.weights.files.local_shards import Place
+from megatron_rl.weights.files.safetensors_files import DTYPES
+from megatron_rl.weights.files.stored_forms import FLOATS, StoredTensor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -18,7 +18,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from megatron_rl.weights.local_shards import FUSED_NORMS
+from megatron_rl.weights.files.local_shards import FUSED_NORMS
 
 _NUMBERED = re.compile(r"^decoder\.layers\.\d+\.")
 _KEPT_METADATA = "singleton_local_shards"

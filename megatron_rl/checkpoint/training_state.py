@@ -2,28 +2,84 @@
 
     model, optimizer, scheduler   of every trained model by its name; of `policy` without a prefix, so that its tensors
                                   are those of any Megatron checkpoint of the model
-    rng_state                     see `random_state`
+    rng_state                     see `random_state_to_save`
     run_state                     the trainer's own, of plain Python values, equal on all ranks
     layout                        of the ranks that saved it. Only generators care: all tensors are stored whole
 
 How it is written is said in `writer`, how its folder looks in `folders`, how damage is found in `integrity`.
+
+The random generators of a rank, in a checkpoint.
+
+At the layout that saved them every rank gets its own back. At another layout there is no such thing as the same rank:
+each then takes the Python, NumPy and torch generators of the rank 0 that was, and the streams of core's dropout, which
+differ between tensor-parallel ranks, begin anew from the run's seed. Data order and sampling do not depend on any
+generator: they are functions of the seed and the position in the data.
+
+A reference policy that moves, in a checkpoint: its weights under `reference.`, split as the policy's are.
+
+A fixed one is not stored: it is the checkpoint that the run started from. Like the optimizer's moments, the weights are
+tensors of the model for core, so a run can go on at another layout.
+
+From which checkpoint a run goes on: the latest that is whole.
+
+The ranks look at the files of a candidate together, each at its share, and decide together. A damaged checkpoint is
+named and passed over for the one before it; its step will be made, and written, again.
 """
 
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
-from megatron_rl.checkpoint import optimizer_state, random_state
-from megatron_rl.checkpoint.folders import CheckpointError, iteration_folder
-from megatron_rl.checkpoint.integrity import check_files, loading
+from megatron_rl.checkpoint import optimizer_state
+from megatron_rl.checkpoint.folders import CheckpointError, iteration_folder, latest_step, steps_on_disk
+from megatron_rl.checkpoint.integrity import check_digests, check_files, loading
+from megatron_rl.device import HAS_CUDA
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.reference import ReferenceWeights
+
+_RNG_KEY = "rng_state"
+
+
+def random_state_to_save() -> ShardedObject:
+    """This rank's generators."""
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if HAS_CUDA else None,
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject(_RNG_KEY, state, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
+
+
+def random_state_to_load(*, saved_world_size: int, same_layout: bool) -> ShardedObject:
+    """What this rank loads: its own, or those of the rank 0 that was."""
+    return ShardedObject(_RNG_KEY, None, (saved_world_size,), (dist.get_rank() if same_layout else 0,), replica_id=0)
+
+
+def restore_random_state(state: dict[str, Any], *, same_layout: bool) -> None:
+    """Set the generators to a loaded state."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if not same_layout:
+        return
+    if HAS_CUDA:
+        torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
 
 POLICY = "policy"
 
@@ -47,7 +103,7 @@ Models = Mapping[str, Trained]
 def to_save(models: Models, run_state: dict[str, Any]) -> dict[str, Any]:
     """The whole state for core to write; collective. The run's own is equal on all ranks: core writes rank 0's."""
     state: dict[str, Any] = {
-        "rng_state": random_state.to_save(),
+        "rng_state": random_state_to_save(),
         "layout": _layout(models),
         "run_state": run_state,
         "schedulers": {name: trained.optimizer.scheduler.state_dict() for name, trained in models.items()},
@@ -78,7 +134,7 @@ def load(checkpoints: Path, step: int, models: Models) -> dict[str, Any]:
         raise CheckpointError(f"{folder} holds the state of {', '.join(saved)}; this run trains {', '.join(models)}")
     same_layout = layout == _layout(models)
     template: dict[str, Any] = {
-        "rng_state": random_state.to_load(saved_world_size=layout["world"], same_layout=same_layout)
+        "rng_state": random_state_to_load(saved_world_size=layout["world"], same_layout=same_layout)
     }
     model_states = {name: trained.sharded() for name, trained in models.items()}
     for name, trained in models.items():
@@ -94,7 +150,7 @@ def load(checkpoints: Path, step: int, models: Models) -> dict[str, Any]:
             chunk.load_state_dict(loaded["model"][str(number)])
         optimizer_state.restore(trained.optimizer, model_states[name], loaded["optimizer"])
         trained.optimizer.resume_schedule(state["schedulers"][name])
-    random_state.restore(state["rng_state"], same_layout=same_layout)
+    restore_random_state(state["rng_state"], same_layout=same_layout)
     run_state: dict[str, Any] = state["run_state"]
     return run_state
 
@@ -110,3 +166,88 @@ def _layout(models: Models) -> dict[str, int]:
     groups = models[POLICY].model.groups
     sizes = {name: getattr(groups, name).size() for name in ("tp", "cp", "pp", "dp", "ep", "etp")}
     return {**sizes, "world": dist.get_world_size()}
+
+
+REFERENCE_KEY = "reference"
+
+
+def reference_to_save(reference: ReferenceWeights) -> dict[str, Any]:
+    """Core's description of every weight, to be added to the state that is saved."""
+    entries: dict[int, ShardedTensor | ShardedTensorFactory] = {}
+    for chunk in reference.policy.chunks:
+        model = getattr(chunk, "module", chunk).sharded_state_dict()
+        for entry in nested_values(model):
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None:
+                entries[entry.data.data_ptr()] = entry
+    return {
+        REFERENCE_KEY: {
+            name: make_sharded_optimizer_tensor(
+                entries[parameter.data_ptr()], reference.weights[name], prefix=REFERENCE_KEY
+            )
+            for name, parameter in reference.parameters().items()
+        }
+    }
+
+
+@torch.no_grad()
+def load_reference(checkpoints: Path, step: int, reference: ReferenceWeights) -> None:
+    """Restore the weights of the checkpoint after `step` steps; collective over all ranks.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the run had no reference that moves.
+    """
+    folder = iteration_folder(checkpoints, step)
+    with loading(folder):
+        loaded = dist_checkpointing.load(reference_to_save(reference), str(folder))[REFERENCE_KEY]
+    for name, weight in loaded.items():
+        reference.weights[name].copy_(weight)
+
+
+def resume(checkpoints: Path, models: Models, *, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Restore the latest whole checkpoint and return its `run_state`; None if there is none. Collective.
+
+    Args:
+        say: told on rank 0 of every checkpoint that is passed over, and why.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole, or it is of another kind of run.
+    """
+    candidates: list[Any] = [_candidates(checkpoints) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(candidates, src=0)
+    steps, problem = candidates[0]
+    if problem is not None and dist.get_rank() == 0:
+        say(problem)
+    for step in steps:
+        problem = _problem(iteration_folder(checkpoints, step))
+        if problem is None:
+            return load(checkpoints, step, models)
+        if dist.get_rank() == 0:
+            say(f"{problem}; going back to an earlier checkpoint")
+    if steps or problem is not None:
+        raise CheckpointError(f"{checkpoints}: no whole checkpoint is left: {problem}")
+    return None
+
+
+def _candidates(checkpoints: Path) -> tuple[list[int], str | None]:
+    """Steps to try, the one that is named as the latest first; and what is wrong with that name.
+
+    Where the name is of no use, all are tried. Steps after a latest one that was named on purpose are not.
+    """
+    try:
+        latest = latest_step(checkpoints)
+    except (CheckpointError, OSError) as error:
+        return steps_on_disk(checkpoints)[::-1], str(error)
+    return [step for step in reversed(steps_on_disk(checkpoints)) if latest is None or step <= latest], None
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, the same on all ranks; None if it is whole."""
+    mine = None
+    try:
+        check_files(folder)
+        check_digests(folder, part=dist.get_rank(), num_parts=dist.get_world_size())
+    except CheckpointError as error:
+        mine = str(error)
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, mine)
+    return next((problem for problem in problems if problem is not None), None)

@@ -16,8 +16,8 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.schema import AdamImplementation, ModelConfig
 from megatron_rl.models.capabilities import LIBRARIES, capabilities, installed_version
 from megatron_rl.models.choices import choose
-from megatron_rl.trainer.diagnosis import diagnosis
-from megatron_rl.trainer.run_directory import RunDirectory
+from megatron_rl.runs.diagnosis import diagnosis
+from megatron_rl.runs.directory import RunDirectory
 
 
 def add_parser(subparsers: Any) -> None:

@@ -19,8 +19,8 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, Recipe
 from megatron_rl.config.validate import validate
 from megatron_rl.placement.tasks import TaskPlan, check_nodes, task_plan
-from megatron_rl.rewards.registry import resolve_rewards
-from megatron_rl.trainer.run_directory import RunDirectory
+from megatron_rl.rewards.scoring import resolve_rewards
+from megatron_rl.runs.directory import RunDirectory
 
 
 def add_parser(subparsers: Any) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 
 from megatron_rl.config.hf_checkpoint import read_json_object, read_model_shape
 from megatron_rl.config.load import load_config
-from megatron_rl.config.pipeline import layers_of_stages
 from megatron_rl.config.schema import Config, Recipe
 from megatron_rl.config.validate import check_model, check_values
-from megatron_rl.config.world import longest_sequence
+from megatron_rl.config.world import layers_of_stages, longest_sequence
 from megatron_rl.placement.layout import Layout, layout_of
 from megatron_rl.placement.plan import GIGABYTE, Plan, check_memory, plan
 from megatron_rl.placement.sizes import ModelSizes

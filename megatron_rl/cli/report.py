@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if not (arguments.run_dir / "config.yaml").is_file():
         raise UserError(f"RUN_DIR: given '{arguments.run_dir}', allowed: the folder of a run, which has a config.yaml")
-    from megatron_rl.trainer.report import write_report
+    from megatron_rl.report.report import write_report
 
     print(write_report(arguments.run_dir))
     return 0

@@ -20,14 +20,14 @@ from types import FrameType
 from typing import Any
 
 from megatron_rl.cli.launch_local import launch
-from megatron_rl.cli.rank_environment import free_port, rank_of_this_machine, rank_variables, tell_exit_code
-from megatron_rl.cli.slurm_task import slurm_task
+from megatron_rl.cli.rank_environment import free_port, rank_of_this_machine, rank_variables, slurm_task, tell_exit_code
 from megatron_rl.config.errors import EXIT_RESUME, ConfigError
 from megatron_rl.config.hf_checkpoint import read_json_object
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, Recipe
 from megatron_rl.config.validate import validate
 from megatron_rl.config.world import longest_sequence
+from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.datasets import load_prompts, load_sft
 from megatron_rl.data.files import read_rows
 from megatron_rl.data.preferences import load_judgements
@@ -35,11 +35,10 @@ from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.choices import asks_for_hardware, check_engines, choose
 from megatron_rl.models.families import check_family, family_of
 from megatron_rl.placement.layout import Layout, layout_of
-from megatron_rl.rewards.registry import resolve_rewards
+from megatron_rl.rewards.scoring import resolve_rewards
 from megatron_rl.rollout.hosting import FOLDER_VARIABLE, end_hosts
-from megatron_rl.trainer.run_directory import RunDirectory
-from megatron_rl.trainer.tokenizer import load_tokenizer
-from megatron_rl.weights.hf_checkpoint_files import HFCheckpointFiles
+from megatron_rl.runs.directory import RunDirectory
+from megatron_rl.weights.files.hf_checkpoint import HFCheckpointFiles
 
 # Told to the ranks that are started here, so that not each of them reads all data twice.
 _DATA_CHECKED = "--data-checked"

@@ -10,15 +10,19 @@ A prompt is a string or a list of chat messages. One of two routes leads to toke
             writes all special tokens itself, so none is added.
 
 The engine receives the token ids made here and never the text, hence training and generation see the same prompt.
+
+The tokenizer of a checkpoint folder.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from ..config.schema import DataConfig
-from .files import DataError
+from megatron_rl.config.errors import UserError
+from megatron_rl.config.schema import DataConfig
+from megatron_rl.data.files import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,3 +126,17 @@ def _apply_template(messages: list[Message], source: str, tokenizer: "PreTrained
     except TemplateError as error:
         raise DataError(f"{source}: the tokenizer's chat template refuses the messages: {error}") from error
     return text
+
+
+def load_tokenizer(hf_path: str | Path) -> Any:
+    """transformers' tokenizer of a folder; code from the folder is never run.
+
+    Raises:
+        UserError: the folder holds no tokenizer that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(hf_path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.hf_path: no readable tokenizer in {hf_path}: {str(error).splitlines()[0]}") from error

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config.errors import UserError
+from megatron_rl.config.errors import UserError
 
 FORMATS = ("jsonl", "parquet", "gsm8k")
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.schema import DataConfig
-from .chat import render_prompts, tokenize
-from .files import DataError, Row, read_rows, require
-from .samples import TrainingSequence
+from megatron_rl.config.schema import DataConfig
+from megatron_rl.data.chat import render_prompts, tokenize
+from megatron_rl.data.files import DataError, Row, read_rows, require
+from megatron_rl.data.samples import TrainingSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,7 +24,7 @@ from megatron_rl.parallel.fused_linear_log_probs import fused_linear_log_probs
 from megatron_rl.parallel.fused_linear_logits_loss import OfLogits, fused_linear_logits_loss
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses, fused_linear_token_loss
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.sharded_logits import ShardedLogits
+from megatron_rl.parallel.vocab_parallel_divergences import ShardedLogits
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ from megatron_rl.models.sizes import model_sizes
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.sizes import ModelSizes
-from megatron_rl.weights.gather import HFTensorIterator
-from megatron_rl.weights.hf_reader import HFCheckpointReader
-from megatron_rl.weights.local_shards import Place, check_table, local_parameters
-from megatron_rl.weights.quantization import refusal
+from megatron_rl.weights.files.gather import HFTensorIterator
+from megatron_rl.weights.files.hf_reader import HFCheckpointReader
+from megatron_rl.weights.files.local_shards import Place, check_table, local_parameters
+from megatron_rl.weights.quantized.formats import refusal
 
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 

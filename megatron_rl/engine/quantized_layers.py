@@ -20,7 +20,7 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from megatron_rl.config.schema import QuantizedFormat
-from megatron_rl.weights.quantization import INT4_GROUP, QUANTIZED_LAYERS
+from megatron_rl.weights.quantized.formats import INT4_GROUP, QUANTIZED_LAYERS
 
 _SPLIT_ALONG_INPUTS = ("linear_proj", "linear_fc2")
 """Row-parallel layers: a tensor-parallel rank holds some of each row's inputs."""

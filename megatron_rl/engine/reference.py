@@ -2,14 +2,19 @@
 
 They are those that the run started from, or, where a run says so, follow the policy at a distance. A reference of
 another checkpoint (a teacher) is a policy of its own.
+
+The reference policy that a run compares its own with.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from megatron_rl.config.errors import UserError
+from megatron_rl.config.schema import Config, KLReference
 from megatron_rl.data.packing import PackedRow
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_hidden
@@ -96,3 +101,32 @@ def reference_logits(
         row.sequence_ids: LinearLogits(part if scale == 1 else part * scale, weight, groups.tp, sequence_parallel)
         for row, part in zip(rows, hidden, strict=True)
     }
+
+
+def build_reference(config: Config, policy: Policy) -> ReferenceWeights | Teacher:
+    """The reference policy of a run that starts: its own first weights, or another checkpoint.
+
+    Raises:
+        UserError: the other checkpoint has another vocabulary.
+    """
+    path = config.algorithm.kl.reference_path
+    if path is None:
+        return ReferenceWeights(policy, is_average=config.algorithm.kl.reference is KLReference.moving_average)
+    teacher = Policy(
+        replace(config.model, hf_path=path, load_weights=True),
+        policy.groups,
+        config.parallel,
+        trained=False,
+    )
+    sizes = [model.hf["vocab_size"] for model in (teacher, policy)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"algorithm.kl.reference_path: given a vocabulary of {sizes[0]}, allowed: {sizes[1]}, the policy's"
+        )
+    return Teacher(teacher)
+
+
+def moving(config: Config, reference: ReferenceWeights | Teacher | None) -> ReferenceWeights | None:
+    """The reference policy, if it is part of the run's state: refreshed now and then, or an average."""
+    fixed = config.algorithm.kl.reference is KLReference.fixed
+    return reference if isinstance(reference, ReferenceWeights) and not fixed else None

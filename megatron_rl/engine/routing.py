@@ -27,8 +27,7 @@ from torch import Tensor
 
 from megatron_rl.data.packing import PackedRow
 from megatron_rl.engine.row_part import RowPart
-from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.reductions import reduce_counts
+from megatron_rl.parallel.groups import Groups, reduce_counts
 
 
 class RoutingReplay:

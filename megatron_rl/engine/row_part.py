@@ -20,7 +20,7 @@ from megatron_rl.parallel.context_parallel import ContextSplit, gather_outputs
 from megatron_rl.parallel.fused_linear_logits_loss import OfLogits
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses, Tokens
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.sharded_logits import ShardedLogits
+from megatron_rl.parallel.vocab_parallel_divergences import ShardedLogits
 
 
 @dataclass(frozen=True)

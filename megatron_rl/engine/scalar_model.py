@@ -3,23 +3,41 @@
 It is a policy in all but its head, so that the optimizer, the passes over packed rows and the checkpoints work on it
 as they do on a policy. It starts from a language model, whose output layer it leaves out, or from a Hugging Face
 classifier, whose `score` it takes; it is written as a classifier.
+
+A policy whose backbone also carries its critic: one pass gives log-probs and values, one optimizer trains both.
+
+The critic is a `ScalarHead` beside the output layer of the last stage. Its parameters are the model's, so that DDP, the
+optimizer, pipeline stages and distributed checkpoints hold them as they hold the rest; the tables of the families do
+not name them, so that engines and exported checkpoints get the language model alone.
+
+The critic of an actor-critic run: a value per token, fitted to the returns of each step by an optimizer of its own.
+
+Its backbone is separate from the policy's, on the same ranks and rows, with other weights (a shared one is in
+`engine/scalar_model.py`). Before the first update of a step it values the tokens of all rows; from these values come
+the advantages, the returns that it is fitted to, and the bounds of its clip.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_rl.config.hf_checkpoint import read_json_object
-from megatron_rl.config.schema import ModelConfig, ParallelConfig
+from megatron_rl.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_rl.data.packing import NEW_VALUES, PackedRow
 from megatron_rl.engine.head import Extra
+from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.step import forward_values
 from megatron_rl.models.scalar_head import ScalarHead, backbone_config, is_scalar, scalar_config, scalar_maps
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.weights.hf_reader import HFCheckpointReader
+from megatron_rl.weights.files.hf_reader import HFCheckpointReader
+from megatron_rl.weights.files.local_shards import VALUE_HEAD
 
 
 class ValueHead:
@@ -84,3 +102,54 @@ def _has(reader: HFCheckpointReader, names: Any) -> bool:
 def is_scalar_checkpoint(folder: Path) -> bool:
     """Whether a Hugging Face folder holds a classifier."""
     return is_scalar(read_json_object(folder / "config.json", "hf_path"))
+
+
+class ActorCritic(Policy):
+    """A policy with a value head, which starts at 0."""
+
+    def _install_head(self) -> None:
+        super()._install_head()
+        if self.groups.is_last_stage:
+            setattr(self.models[-1], VALUE_HEAD, ScalarHead(self.config, bias=True))
+
+
+class Values:
+    """The `Extra` of an `ActorCritic`: a value per token, with its gradient into the backbone."""
+
+    names: tuple[str, ...] = (NEW_VALUES,)
+
+    def __call__(self, gpt: GPTModel, hidden: Tensor) -> Tensor:
+        """[1, P] float32; see `Extra`."""
+        value_head: Any = getattr(gpt, VALUE_HEAD)
+        values: Tensor = value_head(hidden[:, None])[0]
+        return values.flatten()[None]
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A value function and what trains it."""
+
+    model: ScalarModel
+    optimizer: Optimizer
+
+    def add_values(self, rows: Sequence[PackedRow]) -> None:
+        """Give the rows `values`, [T], of the critic as it is now."""
+        for row, values in zip(rows, forward_values(self.model, rows), strict=True):
+            row.per_token["values"] = values
+
+
+def build_critic(config: Config, groups: Groups, *, num_steps: int) -> Critic:
+    """The critic of a run as it starts.
+
+    Args:
+        num_steps: optimizer steps of the whole run.
+    """
+    settings = config.algorithm.critic
+    model = ScalarModel(
+        replace(config.model, hf_path=settings.hf_path or config.model.hf_path),
+        groups,
+        config.parallel,
+        per_token=True,
+        use_distributed_optimizer=settings.optimizer.use_distributed_optimizer,
+    )
+    return Critic(model, Optimizer(settings.optimizer, model, num_steps=num_steps))

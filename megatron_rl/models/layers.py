@@ -2,23 +2,163 @@
 
 The portable ones are core's local layers with our norm, attention and a few linear layers: no Transformer Engine, with
 sequence parallelism, packing, latent attention and experts with biases.
+
+Normalisation for the portable layers: LayerNorm and RMSNorm in torch, also under sequence parallelism.
+
+Core's own torch norm refuses sequence parallelism because its weight does not say that its gradient is a partial sum
+over the tensor-parallel ranks. This one says so (`sequence_parallel` on the parameter), and core adds it up.
+
+Linear layers for the portable specs where core's own do not do: held whole, and of experts with a bias.
+
+Core's router, for rows with padding: what fills a row up counts neither for balance nor for the bias of experts.
+
+Rows are filled up where the layout asks for it (`engine/row_part.py`), so what padding counted for would depend on the
+layout. Core takes a mask of it; these are the two places where it does not get by with that mask alone.
 """
 
 import functools
 from typing import Any
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor, nn
 
+from megatron_rl.device import this_device
 from megatron_rl.models.attention import PortableAttention
 from megatron_rl.models.capabilities import capabilities
-from megatron_rl.models.norm import PortableNorm
-from megatron_rl.models.portable_linear import ExpertRowParallelLinear, ReplicatedLinear
-from megatron_rl.models.router import PackedRouter
+
+
+class PortableNorm(torch.nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, computed in float32 and returned in the input's dtype.
+
+    Args:
+        config: `normalization` chooses the kind, `layernorm_zero_centered_gamma` whether weights are around 0;
+            `sequence_parallel`, `params_dtype` are those of the model.
+        hidden_size: channels.
+        eps: added to the (mean) square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.rms = config.normalization == "RMSNorm"
+        device = torch.device("cpu") if config.use_cpu_initialization else this_device()
+        # Weights around 0 stand for 1 + weight.
+        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        initial = torch.full((hidden_size,), 1.0 - self.offset, dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(initial)
+        self.bias = None if self.rms else torch.nn.Parameter(torch.zeros_like(initial))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> [..., hidden_size]."""
+        weight = self.weight + self.offset if self.offset else self.weight
+        if self.bias is None:
+            return torch.nn.functional.rms_norm(x, weight.shape, weight, self.eps)
+        return torch.nn.functional.layer_norm(x, weight.shape, weight, self.bias, self.eps)
+
+
+class ReplicatedLinear(nn.Module):
+    """A linear layer that every tensor-parallel rank holds whole: latent attention's projections to the latents.
+
+    Built by core's latent attention with its arguments; those not named are not needed here. The output of the
+    projection for keys and values ends in the channels that all heads share as their rotary key. Without sequence
+    parallelism each rank goes on with the heads that it holds, so the gradient of those channels is a partial sum,
+    which core does not add up; it is added up here.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: Any,
+        tp_comm_buffer_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        device = torch.device("cpu") if config.use_cpu_initialization else this_device()
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype, device=device))
+        if config.perform_initialization:
+            init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        shared_key = tp_comm_buffer_name == "kv_down_proj" and not config.sequence_parallel
+        self.partial_channels: int = config.qk_pos_emb_head_dim if shared_key else 0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """[..., input_size] -> [..., output_size]."""
+        out = nn.functional.linear(x, self.weight)
+        if self.partial_channels:
+            latent, key = out.split([out.shape[-1] - self.partial_channels, self.partial_channels], dim=-1)
+            out = torch.cat([latent, copy_to_tensor_model_parallel_region(key)], dim=-1)
+        return out, None
+
+
+class ExpertRowParallelLinear(RowParallelLinear):
+    """Core's, with an output that may be changed in place: core adds an expert's bias to it so, which autograd refuses
+    for the view that its own returns where experts are not split."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[T, input_size / ranks] -> [T, output_size], and the bias that is yet to be added."""
+        out, bias = super().forward(x)
+        return out if bias is None else out.clone(), bias
+
+
+class PackedRouter(TopKRouter):
+    """Routes each token to its best experts."""
+
+    def _apply_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
+    ) -> Tensor:
+        """Attach the load-balancing loss of a row, E * coefficient * sum_i f_i P_i, to the probabilities.
+
+        f_i is the part of the row's choices that expert i got, P_i its mean score (Switch Transformer,
+        arXiv:2101.03961, eq. 4). Core's own divides by the number of tokens, which is 0 in the row of a rank without
+        work; such a row has the loss 0. It also weighs each rank's part of the loss by the tokens that are left of its
+        part of the row, of which padding leaves unequal numbers, and not by the row's. Collective over the ranks that
+        share a row's tokens.
+
+        Args:
+            probs: [tokens, E], of which the router's output is made.
+            scores_for_aux_loss: [tokens, E], 0 on padding.
+            routing_map: [tokens, E] bool, false on padding.
+            with_padding_mask: whether there was a mask; without it every token counts.
+        """
+        coefficient = self.get_aux_loss_coeff("aux_loss")
+        if not coefficient or not with_padding_mask:
+            return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, with_padding_mask)
+        of_row = reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), self.tp_cp_group)
+        tokens = (of_row.sum() / self.topk).clamp(min=1)
+        parts = of_row / (self.topk * tokens)
+        loss = coefficient * self.config.num_moe_experts * (parts * scores_for_aux_loss.sum(dim=0) / tokens).sum()
+        return self.attach_and_log_load_balancing_loss(
+            probs,
+            coefficient,
+            loss,
+            "load_balancing_loss",
+            self.tp_cp_group,
+            valid_token_count=tokens / self.tp_cp_group.size(),
+        )
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Count the choices, by which the bias of experts is moved after the step; [tokens, E] and [tokens].
+
+        Core's own lays the mask over the experts in place of the tokens.
+        """
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            counted = routing_map if padding_mask is None else routing_map[~padding_mask]
+            self.local_tokens_per_expert += counted.sum(dim=0)
+
 
 _NORMS = ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm", "kv_layernorm")
 _DOWN_PROJECTIONS = ("linear_q_down_proj", "linear_kv_down_proj")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_rl.parallel.linear_tiles import slices
+from megatron_rl.parallel.linear_head import slices
 from megatron_rl.parallel.vocab_parallel import check_temperature
 from megatron_rl.parallel.vocab_statistics import VocabShard
 

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_rl.parallel.linear_head import HeadArguments, LinearHead, buffers, fit
-from megatron_rl.parallel.linear_tiles import (
+from megatron_rl.parallel.linear_head import (
+    HeadArguments,
+    LinearHead,
     WeightGradient,
     add_product,
+    buffers,
+    fit,
     gather_tokens,
     product,
     product_dtype,

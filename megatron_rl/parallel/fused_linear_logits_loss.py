@@ -24,20 +24,22 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rl.parallel.formed_gradient import with_formed_gradient
 from megatron_rl.parallel.fused_linear_token_loss import Tokens
-from megatron_rl.parallel.linear_head import HeadArguments, LinearHead, even_chunks
-from megatron_rl.parallel.linear_tiles import (
+from megatron_rl.parallel.linear_head import (
+    HeadArguments,
+    LinearHead,
     TileShape,
     WeightGradient,
     add_product,
+    even_chunks,
     gather_tokens,
     product,
     product_dtype,
     reduce_tokens,
     slices,
+    with_formed_gradient,
 )
-from megatron_rl.parallel.sharded_logits import ShardedLogits
+from megatron_rl.parallel.vocab_parallel_divergences import ShardedLogits
 from megatron_rl.parallel.vocab_statistics import statistics_dtype
 
 

@@ -16,16 +16,19 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from megatron_rl.parallel.formed_gradient import with_formed_gradient
-from megatron_rl.parallel.linear_head import HeadArguments, LinearHead, even_chunks, fit
-from megatron_rl.parallel.linear_tiles import (
+from megatron_rl.parallel.linear_head import (
+    HeadArguments,
+    LinearHead,
     WeightGradient,
     add_product,
+    even_chunks,
+    fit,
     gather_tokens,
     product,
     product_dtype,
     reduce_tokens,
     slices,
+    with_formed_gradient,
 )
 from megatron_rl.parallel.vocab_statistics import (
     GradientFactors,

@@ -9,9 +9,13 @@ derivative dD/dp_j (up to a constant, which the softmax takes away) are
 
 and the gradient of the student's logits is (p_j f_j - p_j sum_k p_k f_k) / temperature. Three collectives forward, two
 for the normalisers and one for the sums; none backward, where all is made again from the logits by chunks of tokens.
+
+Logits of some tokens, sharded by vocabulary, and what a loss may ask of them: the place of a loss of whole
+distributions, which then needs to know of no group.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,8 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_rl.parallel.linear_tiles import slices
-from megatron_rl.parallel.vocab_parallel import check_temperature
+from megatron_rl.parallel.filtered_log_probs import filtered_log_probs
+from megatron_rl.parallel.linear_head import slices
+from megatron_rl.parallel.vocab_parallel import check_temperature, vocab_parallel_log_probs
 from megatron_rl.parallel.vocab_statistics import VocabShard, statistics_dtype
 
 Direction = Literal["forward", "reverse", "jensen_shannon"]
@@ -256,3 +261,61 @@ class _LogProbsOf(torch.autograd.Function):
                 p.scatter_add_(1, of_chunk.clamp(min=0), torch.where(of_chunk >= 0, by_ids, 0.0))
                 grad[rows, : shard.num_valid] = p / temperature
         return grad, None, None, None, None
+
+
+@dataclass(frozen=True)
+class ShardedLogits:
+    """Of n tokens. All but `argmax` is differentiable, and in nats; collectives are those of the functions called."""
+
+    values: Tensor
+    """[n, V/tp], this rank's columns, padding included."""
+    labels: Tensor
+    """[n] int64."""
+    slots: slice
+    """Which tokens of the head's call they are."""
+    group: ProcessGroup | None
+    vocab_size: int
+    temperature: float
+    """Divides the logits; it has not yet."""
+
+    def log_probs(self) -> tuple[Tensor, Tensor]:
+        """Log-probs of the labels [n] and entropy [n]."""
+        log_probs, entropy = vocab_parallel_log_probs(
+            self.values, self.labels, group=self.group, vocab_size=self.vocab_size, temperature=self.temperature
+        )
+        assert entropy is not None
+        return log_probs, entropy
+
+    def log_probs_of(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs [n, K] of the tokens ids [n, K], and the mean [n] of all log-probs, label smoothing's."""
+        return vocab_parallel_log_probs_of(
+            self.values, ids, group=self.group, vocab_size=self.vocab_size, temperature=self.temperature
+        )
+
+    def divergence(self, teacher: Tensor, direction: Direction, mixture: float = 0.5) -> Tensor:
+        """Exact divergence [n] from a teacher's logits [n, V/tp]; see `vocab_parallel_divergence`."""
+        return vocab_parallel_divergence(
+            self.values,
+            teacher,
+            group=self.group,
+            vocab_size=self.vocab_size,
+            direction=direction,
+            mixture=mixture,
+            temperature=self.temperature,
+        )
+
+    def filtered_log_probs(self, *, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+        """Log-probs [n] of the labels under filtered sampling; see `filtered_log_probs`."""
+        return filtered_log_probs(
+            self.values,
+            self.labels,
+            group=self.group,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+
+    def argmax(self) -> Tensor:
+        """[n] int64: the most probable tokens."""
+        return vocab_parallel_argmax(self.values, group=self.group, vocab_size=self.vocab_size)

@@ -20,8 +20,8 @@ arXiv:2104.04473, section 2.2).
 from dataclasses import dataclass
 
 from megatron_rl.config.errors import ConfigError
-from megatron_rl.config.pipeline import layers_of_stages
 from megatron_rl.config.schema import Config, Dtype, LayerSpec, ParallelConfig
+from megatron_rl.config.world import layers_of_stages
 from megatron_rl.placement.layout import Layout
 from megatron_rl.placement.sizes import LayerSizes, ModelSizes
 

@@ -3,7 +3,7 @@
 Each form must be there exactly once and in its place, so that it cannot be earned by repeating its marks.
 """
 
-from .answers import is_number
+from megatron_rl.rewards.answers import is_number
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 HASH = "####"

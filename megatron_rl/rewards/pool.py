@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config.functions import Function
-from .worker import write_message
+from megatron_rl.config.functions import Function
+from megatron_rl.rewards.worker import write_message
 
 _START_SECONDS = 120.0
 """Limit of a worker's start, which imports the user's module."""

@@ -28,8 +28,8 @@ from megatron_rl.models.batch_invariance import make_room_for_vllm
 from megatron_rl.models.capabilities import capabilities
 from megatron_rl.rollout.isolation import guest, random_states_kept
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
-from megatron_rl.weights.exchange import Loader, OnFilled
-from megatron_rl.weights.orders import EngineShard
+from megatron_rl.weights.plan.rank_plan import EngineShard
+from megatron_rl.weights.transport.exchange import Loader, OnFilled
 
 
 class RolloutEngine:
@@ -195,7 +195,7 @@ class RolloutEngine:
             RuntimeError: a tensor is missing or came twice; the engine is then unusable.
         """
         self._require_awake()
-        from megatron_rl.rollout.reload import reload_weights
+        from megatron_rl.rollout.weight_loading import reload_weights
 
         self._engine.collective_rpc(reload_weights, args=(named_tensors,))
         self._reset_prefix_cache()
@@ -218,7 +218,7 @@ class RolloutEngine:
             TransferError: what came is not the engine's model; the engine is then unusable.
         """
         self._require_awake()
-        from megatron_rl.rollout.shard_loading import load_shards
+        from megatron_rl.rollout.weight_loading import load_shards
 
         self._engine.collective_rpc(load_shards, args=(shard, feed, on_filled))
         self._reset_prefix_cache()

@@ -14,7 +14,7 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
 from megatron_rl.config.schema import QuantizedFormat
 from megatron_rl.rollout.sampling import RolloutError, Sampling
-from megatron_rl.weights.quantization import quantization_config
+from megatron_rl.weights.quantized.formats import quantization_config
 
 ON_CPU: bool = current_platform.is_cpu()
 

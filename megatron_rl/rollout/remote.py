@@ -24,8 +24,8 @@ from megatron_rl.rollout.hosting import HostedServer
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
 from megatron_rl.rollout.server import EngineServer
 from megatron_rl.rollout.server_features import names_weight_versions, opens_token_door_on_request
-from megatron_rl.weights.orders import Orders
-from megatron_rl.weights.sockets import Door
+from megatron_rl.weights.plan.rank_plan import Orders
+from megatron_rl.weights.transport.sockets import Door
 
 _CONTROL_SECONDS = 60.0
 _HEALTH_SECONDS = 10.0
@@ -115,7 +115,7 @@ class RemoteEngine:
 
         Args:
             name: of the round, used once.
-            way: that the messages take, for the workers; see `trainer/ways.py`.
+            way: that the messages take, for the workers; see `sync/transports.py`.
             version: of the weights.
             verify: see `SyncConfig`.
             timeout_seconds: limit of each wait of the ranks.

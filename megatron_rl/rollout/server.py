@@ -3,6 +3,11 @@
 It listens on one address of this machine and answers only requests with the token that was drawn for it (`door.py`).
 Slurm tells every process of a job to stop, and the ranks then finish their step, for which they need the engine: so the
 server is deaf to those signals, and ends when its keeper says so or is gone.
+
+A reward model in a vLLM server: token ids in, scores out.
+
+vLLM serves a *ForSequenceClassification or *ForTokenClassification of one label with its pooling runner. Its weights
+stay as they are, so the server needs none of the doors through which a policy's pass.
 """
 
 import contextlib
@@ -15,15 +20,16 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from megatron_rl.rollout.address import LOOPBACK, Address, EngineLost, free_port_of
-from megatron_rl.rollout.door import PARENT_VARIABLE, TOKEN_VARIABLE
-from megatron_rl.rollout.segments import remove, segments_of
+from megatron_rl.rollout.server_guard import PARENT_VARIABLE, TOKEN_VARIABLE, remove, segments_of
 
 START_SECONDS = 600.0
 """Limit of a server's start."""
 
-_MIDDLEWARE = "megatron_rl.rollout.door.RequireToken"
-_WORKER_EXTENSION = "megatron_rl.rollout.worker_doors.WeightDoors"
+_MIDDLEWARE = "megatron_rl.rollout.server_guard.RequireToken"
+_WORKER_EXTENSION = "megatron_rl.rollout.worker_extension.WeightDoors"
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING")
 _POLL_SECONDS = 0.1
 
@@ -128,3 +134,51 @@ def _stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_REQUEST_SECONDS = 600.0
+_SEQUENCES = 1024
+"""Of one request."""
+
+
+class RewardServer:
+    """The server, and this rank's hold on it."""
+
+    def __init__(self, model_path: str, arguments: Sequence[str], *, per_token: bool, log: Path) -> None:
+        """Start it and wait until it answers.
+
+        Args:
+            model_path: folder of a Hugging Face classifier of one label.
+            arguments: of vLLM's server: dtype, longest sequence.
+            per_token: a score of every token, of a *ForTokenClassification; else one of the last.
+            log: file for its output.
+
+        Raises:
+            EngineLost: it did not start; the end of its log is in the message.
+        """
+        self._task = "token_classify" if per_token else "classify"
+        self.server = EngineServer(model_path, ["--runner", "pooling", "--convert", "classify", *arguments], log=log)
+        self.server.ready()
+
+    def scores(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Of token ids: the score of the last token, [1], or of every one, [tokens]; float32, as the head gives it.
+
+        Raises:
+            EngineLost: the server is dead, or does not answer in time.
+        """
+        found: list[np.ndarray] = []
+        for start in range(0, len(sequences), _SEQUENCES):
+            body = {
+                "input": [list(map(int, ids)) for ids in sequences[start : start + _SEQUENCES]],
+                "task": self._task,
+                "use_activation": False,
+                "encoding_format": "float",
+            }
+            answer = self.server.address.post("/pooling", body, timeout_seconds=_REQUEST_SECONDS)
+            of_request = sorted(answer["data"], key=lambda item: item["index"])
+            found += [np.asarray(item["data"], dtype=np.float32).reshape(-1) for item in of_request]
+        return found
+
+    def shutdown(self) -> None:
+        """End it."""
+        self.server.end()

@@ -6,7 +6,7 @@ from megatron_rl.algorithms.metrics import Metric
 from megatron_rl.config.schema import Config
 from megatron_rl.data.samples import Prompt, Sample
 from megatron_rl.rollout.engine import Sampling
-from megatron_rl.trainer.progress import Progress
+from megatron_rl.runs.progress import Progress
 from megatron_rl.trainer.rollouts import RolloutWorker, draw_seeds
 
 # Evaluation draws its own seeds; this keeps them apart from those of training.

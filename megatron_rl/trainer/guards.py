@@ -6,14 +6,18 @@ update is skipped, the run stops, or it goes back to its last checkpoint and on 
 is not finite is over every limit.
 
 What the past was is part of the run's state, so a resumed run judges as an uninterrupted one would.
+
+The convergence monitor of a run, in metrics; its window outlives a restart.
 """
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from megatron_rl.algorithms.diagnostics import ConvergenceMonitor
 from megatron_rl.config.errors import UserError
-from megatron_rl.config.schema import GuardAction, GuardConfig
+from megatron_rl.config.schema import ConvergenceConfig, GuardAction, GuardConfig
+from megatron_rl.runs.record import RunState
 
 _MIN_PAST = 5
 """Values before a deviation from them means anything."""
@@ -61,3 +65,24 @@ def _reason(guard: GuardConfig, value: float, past: Sequence[float]) -> str | No
         if value > limit:
             return f"above {limit:.6g}, {guard.above_deviations:g} deviations over the mean of {len(past)} updates"
     return None
+
+
+KEY = "convergence"
+
+
+def convergence_metrics(metrics: dict[str, float], config: ConvergenceConfig, state: RunState) -> dict[str, float]:
+    """convergence/{loss_variance, policy_change, converged} over the last steps; {} where no policy was updated.
+
+    A single update per step is made at ratio 1, where the policy has not moved yet: then there is no policy_change, and
+    nothing is said to have converged.
+    """
+    if "policy/loss" not in metrics:
+        return {}
+    monitor = ConvergenceMonitor(
+        window=config.window, loss_variance=config.loss_variance, policy_change=config.policy_change
+    )
+    if KEY in state.adaptive:
+        monitor.load(state.adaptive[KEY])
+    found = monitor.add(metrics["policy/loss"], metrics["policy/change_mean"] or None)
+    state.adaptive[KEY] = monitor.state()
+    return found

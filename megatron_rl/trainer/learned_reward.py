@@ -28,7 +28,7 @@ from megatron_rl.engine.scalar_model import ScalarModel
 from megatron_rl.engine.step import forward_values
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.address import EngineLost
-from megatron_rl.trainer.engines import start_reward_server
+from megatron_rl.sync.engines import start_reward_server
 from megatron_rl.trainer.training import Training
 
 NAME = "model"

@@ -9,7 +9,7 @@ where a step asks for prompts whose completions differ in their rewards (`collec
 from megatron_rl.config.schema import Config
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
-from megatron_rl.trainer.reinforcement import Reinforcement
+from megatron_rl.trainer.rl import Reinforcement
 
 
 def train_rl(config: Config, groups: Groups, layout: Layout) -> None:

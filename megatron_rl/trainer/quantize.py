@@ -17,18 +17,18 @@ from megatron_rl.checkpoint.hf_export import checkpoint_dtype
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import check_weights, read_json_object
 from megatron_rl.config.schema import Config, Dtype, ModelConfig, ParallelConfig, QuantizedFormat
+from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.datasets import load_prompts
 from megatron_rl.data.packing import PackedRow, pack, plan_micro_batches, unpack
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.quantized_layers import fake_quantize, search_awq_scales
 from megatron_rl.engine.step import forward_log_probs
-from megatron_rl.trainer.run_directory import RunDirectory
-from megatron_rl.trainer.tokenizer import load_tokenizer
-from megatron_rl.weights.awq import fold_awq_scales
-from megatron_rl.weights.hf_files import write_hf_checkpoint
-from megatron_rl.weights.quantization import (
+from megatron_rl.runs.directory import RunDirectory
+from megatron_rl.weights.files.hf_writer import write_hf_checkpoint
+from megatron_rl.weights.quantized.formats import (
     dequantize,
+    fold_awq_scales,
     is_quantized,
     quantization_config,
     quantize_group,

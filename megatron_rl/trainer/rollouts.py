@@ -3,26 +3,36 @@
 The k-th prompt drawn by a run is completed with seeds that depend on (run seed, k) alone. So a step's samples depend on
 neither the number of engines nor on which of them made what, and a resumed run makes the same ones. An engine that is
 lost on the way is brought back and makes its share again.
+
+The samples of one step, collected over one round of generation, or over several.
+
+Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): a prompt whose completions all have the same reward teaches
+nothing, so it is replaced by another one, until the batch is full or the rounds are spent. What is missing then is
+filled with such prompts, so that a step always has its size, and a run cannot hang on data that is too easy.
+
+What is said about the samples of a step: metrics, and a few of them in full.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from megatron_rl.algorithms.advantages import informative
 from megatron_rl.config.schema import RewardsConfig, SamplingConfig
 from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rewards.pool import RewardPool
-from megatron_rl.rewards.registry import BoundReward, RewardError
-from megatron_rl.rewards.scoring import score
+from megatron_rl.rewards.scoring import BoundReward, RewardError, score
 from megatron_rl.rollout.address import EngineLost
 from megatron_rl.rollout.remote import NoEngine, RemoteEngine
 from megatron_rl.rollout.sampling import Sampling
-from megatron_rl.trainer.engines import Engine
-from megatron_rl.trainer.progress import Progress
+from megatron_rl.runs.progress import Progress
+from megatron_rl.sync.engines import Engine
 
 _LOSSES = 3
 """Of one generation, until the run gives up."""
@@ -151,3 +161,105 @@ class RolloutWorker:
                 raise RewardError(message) from failure
         by_prompt = dict(pair for _, of_rank in gathered for pair in of_rank)
         return [by_prompt[index] for index in range(len(prompts))]
+
+
+class Collection:
+    """Groups of samples, one per prompt, on their way to a full batch."""
+
+    def __init__(self, num_prompts: int, max_rounds: int) -> None:
+        """Args:
+        num_prompts: of a full batch.
+        max_rounds: of generation; with 1 every group is kept.
+        """
+        self.num_prompts, self.max_rounds = num_prompts, max_rounds
+        self.num_rounds = 0
+        self._kept: list[Sequence[Sample]] = []
+        self._spare: list[Sequence[Sample]] = []
+
+    @property
+    def num_missing(self) -> int:
+        """Prompts to draw in the next round; 0: the batch is complete."""
+        return 0 if self.num_rounds == self.max_rounds else self.num_prompts - len(self._kept)
+
+    def add(self, groups: Sequence[Sequence[Sample]]) -> None:
+        """Take in one round's samples, by prompt."""
+        self.num_rounds += 1
+        for group in groups:
+            (self._kept if self.max_rounds == 1 or _has_contrast(group) else self._spare).append(group)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those of a complete batch."""
+        groups = [*self._kept, *self._spare][: self.num_prompts]
+        return [sample for group in groups for sample in group]
+
+    def metrics(self) -> dict[str, float]:
+        """sampling/rounds, and sampling/kept_fraction: drawn prompts with contrast; {} without dynamic sampling."""
+        if self.max_rounds == 1:
+            return {}
+        drawn = len(self._kept) + len(self._spare)
+        return {"sampling/rounds": self.num_rounds, "sampling/kept_fraction": len(self._kept) / drawn}
+
+
+def _has_contrast(group: Sequence[Sample]) -> bool:
+    rewards = torch.tensor([sample.reward for sample in group])
+    return bool(informative(rewards, torch.zeros(len(group), dtype=torch.int64)).any())
+
+
+def sample_metrics(samples: Sequence[Sample], *, version: int) -> dict[str, float]:
+    """Metrics reward/*, response/*, staleness/* and throughput/tokens.
+
+    Args:
+        version: of the weights that the samples train.
+    """
+    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
+    lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples], dtype=torch.float64)
+    truncated = [sample.completion.finish_reason == "length" for sample in samples]
+    ages = [version - sample.completion.weight_version for sample in samples]
+    num_lost = sum(len(sample.lost) for sample in samples)
+    terms = {
+        f"reward/{name}": sum(sample.reward_terms[name] for sample in samples) / len(samples)
+        for name in samples[0].reward_terms
+    }
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std(correction=0)),
+        "reward/min": float(rewards.min()),
+        "reward/max": float(rewards.max()),
+        **terms,
+        **({"reward/lost": float(num_lost)} if num_lost else {}),
+        "response/length_mean": float(lengths.mean()),
+        "response/truncated_fraction": sum(truncated) / len(truncated),
+        "staleness/mean": sum(ages) / len(ages),
+        "staleness/max": max(ages),
+        "throughput/tokens": float(lengths.sum()) + sum(len(sample.prompt.token_ids) for sample in samples),
+    }
+
+
+def sample_records(samples: Sequence[Sample], advantages: Tensor, *, step: int, count: int) -> list[dict[str, Any]]:
+    """`count` of the samples, evenly spaced, as `rollout_log` writes them.
+
+    Args:
+        advantages: [samples].
+        step: that made them.
+    """
+    every = max(1, len(samples) // max(1, count))
+    return [_record(samples[i], float(advantages[i]), step) for i in range(0, len(samples), every)[:count]]
+
+
+def _record(sample: Sample, advantage: float, step: int) -> dict[str, Any]:
+    prompt, completion = sample.prompt, sample.completion
+    return {
+        "step": step,
+        "prompt_id": prompt.prompt_id,
+        "source": prompt.source,
+        "prompt": prompt.text,
+        "completion": completion.text,
+        "answer": prompt.answer,
+        "reward": sample.reward,
+        "reward_terms": sample.reward_terms,
+        "advantage": advantage,
+        "finish_reason": completion.finish_reason,
+        "num_tokens": len(completion.token_ids),
+        "weight_version": completion.weight_version,
+    }

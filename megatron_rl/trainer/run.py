@@ -6,19 +6,22 @@ from pathlib import Path
 from megatron_rl.config.errors import Interrupted
 from megatron_rl.config.schema import Config, Recipe
 from megatron_rl.engine.initialize import finalize, initialize
+from megatron_rl.objectives.advantages import resolve_estimator
+from megatron_rl.objectives.losses import (
+    POLICY_LOSSES,
+    REWARD_LOSSES,
+    resolve_policy_loss,
+    resolve_preference_loss,
+    resolve_supervised_loss,
+)
 from megatron_rl.placement.layout import Layout
-from megatron_rl.trainer.estimators import resolve_estimator
+from megatron_rl.report.report import write_report
+from megatron_rl.runs.directory import RunDirectory
+from megatron_rl.runs.progress import say
 from megatron_rl.trainer.loop import train_rl
-from megatron_rl.trainer.policy_losses import resolve_policy_loss
-from megatron_rl.trainer.preference import train_preference
-from megatron_rl.trainer.preference_losses import POLICY_LOSSES, REWARD_LOSSES, resolve_preference_loss
-from megatron_rl.trainer.progress import say
-from megatron_rl.trainer.reinforcement import Reinforcement
-from megatron_rl.trainer.report import write_report
-from megatron_rl.trainer.reward_model import train_reward_model
-from megatron_rl.trainer.run_directory import RunDirectory
+from megatron_rl.trainer.preference import train_preference, train_reward_model
+from megatron_rl.trainer.rl import Reinforcement
 from megatron_rl.trainer.sft import train_sft
-from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
 
 _OTHERS = {Recipe.sft: train_sft, Recipe.preference: train_preference, Recipe.reward_model: train_reward_model}
 

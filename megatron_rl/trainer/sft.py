@@ -4,15 +4,14 @@ from collections.abc import Sequence
 
 from megatron_rl.algorithms.metrics import Metric, combine, masked_mean
 from megatron_rl.config.schema import Config
-from megatron_rl.data.datasets import load_sft
-from megatron_rl.data.order import DataOrder
+from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.data.datasets import DataOrder, load_sft
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.reference import reference_logits
 from megatron_rl.engine.step import forward_log_probs
+from megatron_rl.objectives.losses import resolve_supervised_loss
+from megatron_rl.objectives.objectives import SupervisedObjective
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.trainer.objectives import SupervisedObjective
-from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
-from megatron_rl.trainer.tokenizer import load_tokenizer
 from megatron_rl.trainer.training import Training
 
 

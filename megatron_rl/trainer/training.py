@@ -10,10 +10,9 @@ from typing import Self
 import torch.distributed as dist
 
 from megatron_rl.algorithms.metrics import Metric
-from megatron_rl.checkpoint import reference_state, training_state
+from megatron_rl.checkpoint import training_state
 from megatron_rl.checkpoint.hf_export import export_hf
-from megatron_rl.checkpoint.resume import resume
-from megatron_rl.checkpoint.training_state import POLICY, Trained
+from megatron_rl.checkpoint.training_state import POLICY, Trained, resume
 from megatron_rl.checkpoint.writer import CheckpointWriter
 from megatron_rl.config.errors import Interrupted
 from megatron_rl.config.numerics import row_multiple
@@ -22,22 +21,19 @@ from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.reference import build_reference, moving
+from megatron_rl.engine.scalar_model import build_critic
 from megatron_rl.engine.step import LossFunction
-from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.reductions import reduce_metrics
+from megatron_rl.objectives.minibatch import MiniBatch
+from megatron_rl.parallel.groups import Groups, reduce_metrics
 from megatron_rl.placement.sizes import mfu
-from megatron_rl.trainer.critic import build_critic
+from megatron_rl.runs.directory import RunDirectory
+from megatron_rl.runs.interruption import Interruption
+from megatron_rl.runs.progress import PhaseTimer, Progress, say
+from megatron_rl.runs.record import Record, RunState, open_folder
+from megatron_rl.runs.watchdog import Watchdog
 from megatron_rl.trainer.guards import GuardStop, RollBack
-from megatron_rl.trainer.interruption import Interruption
-from megatron_rl.trainer.minibatch import MiniBatch
-from megatron_rl.trainer.progress import Progress, say
-from megatron_rl.trainer.record import Record, open_folder
-from megatron_rl.trainer.reference import build_reference, moving
-from megatron_rl.trainer.run_directory import RunDirectory
-from megatron_rl.trainer.run_state import RunState
-from megatron_rl.trainer.timing import PhaseTimer
 from megatron_rl.trainer.update import Updates
-from megatron_rl.trainer.watchdog import Watchdog
 
 
 class Training:
@@ -116,7 +112,7 @@ class Training:
         if saved is None:
             return False
         if self._moving_reference is not None:
-            reference_state.load(self.run.checkpoints_dir, saved["step"], self._moving_reference)
+            training_state.load_reference(self.run.checkpoints_dir, saved["step"], self._moving_reference)
         for name, value in saved.items():  # in place: others hold the state
             setattr(self.state, name, value)
         return True
@@ -249,7 +245,7 @@ class Training:
         notes = self._record.notes(row) if self._record is not None else {}
         state = training_state.to_save(self.models, asdict(self.state))
         if self._moving_reference is not None:
-            state |= reference_state.to_save(self._moving_reference)
+            state |= training_state.reference_to_save(self._moving_reference)
         self.checkpoints.save(self.state.step, state, notes=notes)
 
     def finish(self) -> None:

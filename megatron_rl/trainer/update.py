@@ -16,12 +16,11 @@ from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import NON_FINITE_LOSSES, LossFunction, forward_backward
-from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.reductions import reduce_counts, reduce_metrics
+from megatron_rl.objectives.minibatch import MiniBatch
+from megatron_rl.parallel.groups import Groups, reduce_counts, reduce_metrics
+from megatron_rl.runs.progress import say
+from megatron_rl.runs.record import RunState
 from megatron_rl.trainer.guards import GuardStop, RollBack, tripped
-from megatron_rl.trainer.minibatch import MiniBatch
-from megatron_rl.trainer.progress import say
-from megatron_rl.trainer.run_state import RunState
 
 
 class NonFiniteError(RuntimeError):

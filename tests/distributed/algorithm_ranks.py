@@ -31,22 +31,24 @@ from megatron_rl.config.schema import (
 from megatron_rl.data.datasets import training_sequence
 from megatron_rl.data.preferences import Judged
 from megatron_rl.data.samples import Completion, Prompt, Sample, TrainingSequence
-from megatron_rl.engine.actor_critic import ActorCritic, Values
 from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.reference import ReferenceLogits, Teacher, reference_logits
-from megatron_rl.engine.scalar_model import ScalarModel
+from megatron_rl.engine.scalar_model import ActorCritic, ScalarModel, Values
 from megatron_rl.engine.step import LossFunction, forward_backward
-from megatron_rl.parallel.reductions import reduce_metrics
-from megatron_rl.trainer.advantages import add_advantages, gathered_means
-from megatron_rl.trainer.estimators import ESTIMATORS, resolve_estimator
-from megatron_rl.trainer.minibatch import MiniBatch
-from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective, ValueObjective
-from megatron_rl.trainer.policy_losses import resolve_policy_loss
-from megatron_rl.trainer.preference_losses import POLICY_LOSSES, REWARD_LOSSES, resolve_preference_loss
-from megatron_rl.trainer.preference_objectives import PreferenceObjective, RewardObjective
-from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
+from megatron_rl.objectives.advantages import ESTIMATORS, add_advantages, gathered_means, resolve_estimator
+from megatron_rl.objectives.losses import (
+    POLICY_LOSSES,
+    REWARD_LOSSES,
+    resolve_policy_loss,
+    resolve_preference_loss,
+    resolve_supervised_loss,
+)
+from megatron_rl.objectives.minibatch import MiniBatch
+from megatron_rl.objectives.objectives import PolicyGradientObjective, SupervisedObjective, ValueObjective
+from megatron_rl.objectives.preference_objectives import PreferenceObjective, RewardObjective
+from megatron_rl.parallel.groups import reduce_metrics
 from tests.distributed.training_ranks import parallel_of, recorded_rollouts, start_policy
 
 Results = dict[str, dict[str, float]]

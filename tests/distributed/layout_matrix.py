@@ -34,12 +34,12 @@ from megatron_rl.engine.initialize import initialize
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import LossFunction, forward_backward
-from megatron_rl.parallel.reductions import reduce_metrics
-from megatron_rl.trainer.minibatch import MiniBatch
-from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective
-from megatron_rl.trainer.policy_losses import resolve_policy_loss
-from megatron_rl.weights.gather import assemble
-from megatron_rl.weights.local_shards import Place
+from megatron_rl.objectives.losses import resolve_policy_loss
+from megatron_rl.objectives.minibatch import MiniBatch
+from megatron_rl.objectives.objectives import PolicyGradientObjective, SupervisedObjective
+from megatron_rl.parallel.groups import reduce_metrics
+from megatron_rl.weights.files.gather import assemble
+from megatron_rl.weights.files.local_shards import Place
 from tests.distributed.training_ranks import recorded_rollouts
 
 TEMPERATURE = 0.8

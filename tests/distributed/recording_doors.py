@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.rollout.worker_doors import WeightDoors
+from megatron_rl.rollout.worker_extension import WeightDoors
 
 FOLDER_VARIABLE = "RECORDED_PARAMETERS"
 

@@ -26,8 +26,8 @@ from megatron_rl.engine.initialize import initialize
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_backward, forward_log_probs
-from megatron_rl.trainer.minibatch import MiniBatch
-from megatron_rl.trainer.objectives import SupervisedObjective
+from megatron_rl.objectives.minibatch import MiniBatch
+from megatron_rl.objectives.objectives import SupervisedObjective
 from tests.checkpoints import FAMILIES, PLAIN, VOCAB_SIZE, make_checkpoint
 from tests.distributed import training_ranks
 from tests.distributed.spawn import run_ranks

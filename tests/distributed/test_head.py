@@ -17,8 +17,8 @@ from megatron_rl.data.packing import PackedRow, pack
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.reference import Teacher, reference_logits
-from megatron_rl.trainer.objectives import SupervisedObjective
-from megatron_rl.trainer.supervised_losses import resolve_supervised_loss
+from megatron_rl.objectives.losses import resolve_supervised_loss
+from megatron_rl.objectives.objectives import SupervisedObjective
 from tests.checkpoints import make_checkpoint
 from tests.distributed.spawn import run_ranks
 

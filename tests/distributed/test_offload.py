@@ -14,11 +14,10 @@ from tests.e2e.runs import Run, reference, repeatable
 def steps_in_rank(rank: int, checkpoint: Path, offloads: bool) -> dict[str, Any]:
     """Three supervised steps, between which the memory is given up and taken back."""
     from megatron_rl.config.schema import AlgorithmConfig, OptimizerConfig
-    from megatron_rl.engine.offload import TrainingMemory
-    from megatron_rl.engine.optimizer import Optimizer
+    from megatron_rl.engine.optimizer import Optimizer, TrainingMemory
     from megatron_rl.engine.step import forward_backward
-    from megatron_rl.trainer.minibatch import MiniBatch
-    from megatron_rl.trainer.objectives import SupervisedObjective
+    from megatron_rl.objectives.minibatch import MiniBatch
+    from megatron_rl.objectives.objectives import SupervisedObjective
     from tests.distributed.training_ranks import recorded_rollouts, start_policy
 
     policy = start_policy(checkpoint, "tp1")

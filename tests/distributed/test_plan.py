@@ -18,9 +18,9 @@ from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_backward
 from megatron_rl.models.sizes import model_sizes
+from megatron_rl.objectives.minibatch import MiniBatch
 from megatron_rl.placement.layout import layout_of
 from megatron_rl.placement.plan import plan
-from megatron_rl.trainer.minibatch import MiniBatch
 from tests.checkpoints import make_checkpoint
 from tests.distributed.layout_matrix import leave, objective_of, sequences_of
 from tests.distributed.spawn import run_ranks

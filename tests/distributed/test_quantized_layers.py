@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_rl.checkpoint.convert import megatron_to_hf
 from megatron_rl.config.schema import Dtype, ModelConfig, ParallelConfig, QuantizedFormat
-from megatron_rl.weights.quantization import dequantize, quantize_group
+from megatron_rl.weights.quantized.formats import dequantize, quantize_group
 from tests.checkpoints import make_checkpoint
 from tests.distributed.spawn import run_ranks
 

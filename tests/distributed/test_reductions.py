@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_rl.algorithms.metrics import Metric
-from megatron_rl.parallel.reductions import reduce_counts, reduce_metrics
+from megatron_rl.parallel.groups import reduce_counts, reduce_metrics
 from tests.distributed.spawn import run_ranks
 
 

@@ -12,8 +12,7 @@ from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_rl.checkpoint import training_state
 from megatron_rl.checkpoint.folders import iteration_folder
-from megatron_rl.checkpoint.resume import resume
-from megatron_rl.checkpoint.training_state import POLICY, Trained
+from megatron_rl.checkpoint.training_state import POLICY, Trained, resume
 from megatron_rl.checkpoint.writer import CheckpointWriter
 from megatron_rl.config.schema import (
     AlgorithmConfig,
@@ -24,15 +23,15 @@ from megatron_rl.config.schema import (
     OptimizerConfig,
     ParallelConfig,
 )
-from megatron_rl.engine.actor_critic import ActorCritic, Values
 from megatron_rl.engine.initialize import initialize
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.scalar_model import ActorCritic, Values
 from megatron_rl.engine.step import forward_backward
-from megatron_rl.parallel.reductions import reduce_metrics
-from megatron_rl.trainer.minibatch import MiniBatch
-from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective
-from megatron_rl.trainer.policy_losses import resolve_policy_loss
+from megatron_rl.objectives.losses import resolve_policy_loss
+from megatron_rl.objectives.minibatch import MiniBatch
+from megatron_rl.objectives.objectives import PolicyGradientObjective, SupervisedObjective
+from megatron_rl.parallel.groups import reduce_metrics
 from tests.checkpoints import make_checkpoint
 from tests.distributed.spawn import run_ranks
 from tests.distributed.training_ranks import LAYOUTS, recorded_rollouts

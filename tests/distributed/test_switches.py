@@ -13,7 +13,7 @@ from megatron_rl.engine.initialize import initialize
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_backward
-from megatron_rl.trainer.minibatch import MiniBatch
+from megatron_rl.objectives.minibatch import MiniBatch
 from tests.checkpoints import make_checkpoint
 from tests.distributed.layout_matrix import Case, leave, objective_of, sequences_of, step_at
 from tests.distributed.spawn import run_ranks

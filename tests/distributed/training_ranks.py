@@ -24,10 +24,10 @@ from megatron_rl.engine.initialize import initialize
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_backward, forward_log_probs
-from megatron_rl.parallel.reductions import reduce_metrics
-from megatron_rl.trainer.minibatch import MiniBatch
-from megatron_rl.trainer.objectives import PolicyGradientObjective, SupervisedObjective
-from megatron_rl.trainer.policy_losses import resolve_policy_loss
+from megatron_rl.objectives.losses import resolve_policy_loss
+from megatron_rl.objectives.minibatch import MiniBatch
+from megatron_rl.objectives.objectives import PolicyGradientObjective, SupervisedObjective
+from megatron_rl.parallel.groups import reduce_metrics
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.config.schema import Config, Dtype, ModelConfig, ParallelConfig, SyncConfig, SyncTransport, SyncVerify
+from megatron_rl.config.schema import Dtype, ModelConfig, ParallelConfig, SyncConfig, SyncTransport, SyncVerify
 from megatron_rl.data.samples import Prompt
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rollout.address import Address
@@ -68,13 +67,12 @@ def sync_in_rank(
     """For each family and size of the engines: start from the first checkpoint, sync the others one after another."""
     import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
     from megatron_rl.engine.initialize import initialize
-    from megatron_rl.trainer.sync import WeightSync
 
     parallel = parallel_of(layout, next(iter(folders)))
     groups = initialize(parallel, seed=1)
     results = {}
     for family, (first, *others) in folders.items():
-        training = _training(first, groups, parallel, _SYNC)
+        policy = _policy(first, groups, parallel)
         for size in engine_sizes:
             engine = RolloutEngine(
                 model_path=first,
@@ -85,9 +83,9 @@ def sync_in_rank(
                 kv_cache_gigabytes=0.01,
                 engine_args=ENGINE_ARGS.get(family, {}),
             )
-            sync = WeightSync(training, engine, _placed(groups, engine_size=size), make_prompts())
+            sync = _weight_sync(policy, engine, _placed(groups, engine_size=size), _SYNC)
             results[family, size] = [
-                _synced(training.policy, engine, sync, folder, version) for version, folder in enumerate(others, 1)
+                _synced(policy, engine, sync, folder, version) for version, folder in enumerate(others, 1)
             ]
             engine.shutdown()
     return results
@@ -117,33 +115,37 @@ def sync_apart_in_rank(
     import megatron_rl.device  # noqa: F401
     from megatron_rl.engine.initialize import initialize
     from megatron_rl.rollout.remote import NoEngine, RemoteEngine
-    from megatron_rl.trainer.sync import WeightSync
 
     parallel = parallel_of(layout, checkpoints.family)
     groups = initialize(parallel, seed=1)
     results = []
     for apart in engines:
-        training = _training(checkpoints.first, groups, parallel, dataclasses.replace(_SYNC, transport=apart.transport))
+        policy = _policy(checkpoints.first, groups, parallel)
         engine: Any = NoEngine(apart.folder)
         if rank < len(apart.addresses):
             server: Any = Server(apart.addresses[rank])
             engine = RemoteEngine(server, folder=apart.folder, decode=str, max_model_len=64)
         placed = _placed(groups, engine_size=apart.size, remote_engines=len(apart.addresses))
-        sync = WeightSync(training, engine, placed, make_prompts())
+        sync = _weight_sync(policy, engine, placed, dataclasses.replace(_SYNC, transport=apart.transport))
         results.append(
-            [
-                _synced(training.policy, engine, sync, folder, version)
-                for version, folder in enumerate(checkpoints.others, 1)
-            ]
+            [_synced(policy, engine, sync, folder, version) for version, folder in enumerate(checkpoints.others, 1)]
         )
     return results
 
 
-def _training(first: Path, groups: Any, parallel: ParallelConfig, sync: SyncConfig) -> Any:
+def _policy(first: Path, groups: Any, parallel: ParallelConfig) -> Any:
     from megatron_rl.engine.policy import Policy
 
-    policy = Policy(ModelConfig(hf_path=str(first), params_dtype=Dtype.float32), groups, parallel)
-    return SimpleNamespace(config=Config(sync=sync), policy=policy, pad_to_multiple=groups.tp.size())
+    return Policy(ModelConfig(hf_path=str(first), params_dtype=Dtype.float32), groups, parallel)
+
+
+def _weight_sync(policy: Any, engine: Any, placed: Layout, config: SyncConfig) -> Any:
+    from megatron_rl.sync.weight_sync import WeightSync
+
+    pad_to_multiple = policy.groups.tp.size()
+    return WeightSync(
+        policy, engine, placed, make_prompts(), config, quantization=None, pad_to_multiple=pad_to_multiple
+    )
 
 
 def _placed(groups: Any, **engines: Any) -> Layout:

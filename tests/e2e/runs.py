@@ -25,8 +25,8 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_rl.trainer.metrics_log import read_metrics
-from megatron_rl.trainer.run_directory import RunDirectory
+from megatron_rl.runs.directory import RunDirectory
+from megatron_rl.runs.metrics_log import read_metrics
 from tools.make_arithmetic import main as make_arithmetic
 
 NUM_STEPS = 4

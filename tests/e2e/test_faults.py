@@ -147,7 +147,7 @@ def test_a_disk_that_is_full_during_a_save_or_read_only(undisturbed: Run, tmp_pa
 def test_a_rank_that_is_stopped_is_named(tmp_path: Path) -> None:
     """The watchdogs of the others notice; the run ends with one line, and goes on when it is started again."""
     run = Run(tmp_path, watchdog={"phase_minutes": 0.3, "phase_limits": {"start": 10.0}, "heartbeat_seconds": 0.5})
-    process = run.start_and_stop_inside("trainer/reinforcement.py:generate", after_rows=3)
+    process = run.start_and_stop_inside("trainer/rl.py:generate", after_rows=3)
     try:
         _, errors = process.communicate(timeout=200)
     finally:

@@ -39,7 +39,7 @@ def policy_and_engine(rank: int, folders: list[Path], format: QuantizedFormat) -
     from megatron_rl.engine.policy import Policy
     from megatron_rl.engine.step import forward_backward, forward_log_probs
     from megatron_rl.rollout.engine import RolloutEngine
-    from megatron_rl.weights.quantization import quantized_tensors
+    from megatron_rl.weights.quantized.formats import quantized_tensors
 
     groups = initialize(ParallelConfig(), seed=0)
     sequences = [TrainingSequence(np.array(s), np.ones(len(s) - 1, dtype=np.float32)) for s in SEQUENCES]

@@ -37,9 +37,9 @@ def in_rank(rank: int, folders: list[Path], shared: Path, transport: SyncTranspo
     from megatron_rl.engine.policy import Policy
     from megatron_rl.rollout.remote import NoEngine, RemoteEngine
     from megatron_rl.rollout.server import EngineServer
-    from megatron_rl.trainer.remote_sync import RemoteSync
-    from megatron_rl.trainer.sync import plan_sync, trained_ranks
-    from megatron_rl.weights.holders import EngineRanks
+    from megatron_rl.sync.remote_sync import RemoteSync
+    from megatron_rl.sync.weight_sync import plan_sync, trained_ranks
+    from megatron_rl.weights.plan.ranks import EngineRanks
 
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     policy = Policy(
@@ -97,8 +97,8 @@ def in_the_middle(engine: Any, bucket: int, action: Callable[[dict[int, torch.Te
     """In the next synchronisation: before that bucket is sent, when at least the first has been loaded."""
     if engine is None:
         return
-    from megatron_rl.weights.folder import FolderTransport
-    from megatron_rl.weights.sockets import SocketTransport
+    from megatron_rl.weights.transport.folder import FolderTransport
+    from megatron_rl.weights.transport.sockets import SocketTransport
 
     for transport in (FolderTransport, SocketTransport):
         original = transport.post
@@ -212,7 +212,7 @@ def test_a_run_outlives_its_engine(tmp_path: Path) -> None:
 def test_a_trainer_that_is_killed_in_the_middle_of_a_synchronisation(tmp_path: Path) -> None:
     """The run ends with an error and leaves no server; the same command goes on with a new one."""
     run = Run(tmp_path, rollout=APART, sync=SYNC)
-    process = run.start_and_stop_inside("weights/exchange.py:_run", after_rows=2)
+    process = run.start_and_stop_inside("weights/transport/exchange.py:_run", after_rows=2)
     try:
         rank = next(child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "0")
         assert len(servers_of(run)) == 1

@@ -17,18 +17,18 @@ import pytest
 
 from megatron_rl.checkpoint.folders import delete_old, iteration_folder
 from megatron_rl.config.errors import EXIT_RESUME
-from megatron_rl.trainer.rollout_log import rollout_steps
+from megatron_rl.runs.record import rollout_steps
 from tests.e2e.runs import NUM_STEPS, Run, continue_until_it_ends, kill, reference, repeatable
 
 PARTIAL = ".iter_000000{}.partial"
 
 KILLS = [
-    pytest.param("trainer/reinforcement.py:generate", 3, id="generate"),
+    pytest.param("trainer/rl.py:generate", 3, id="generate"),
     pytest.param("core/dist_checkpointing/serialization.py:save", 5, id="save"),
     # Before the first checkpoint: the run starts anew.
     pytest.param("trainer/evaluation.py:evaluate", 0, id="first_evaluation", marks=pytest.mark.slow),
     pytest.param("core/dist_checkpointing/serialization.py:save", 3, id="first_save", marks=pytest.mark.slow),
-    pytest.param("trainer/reinforcement.py:log_probs", 3, id="log_probs", marks=pytest.mark.slow),
+    pytest.param("trainer/rl.py:log_probs", 3, id="log_probs", marks=pytest.mark.slow),
     pytest.param("engine/step.py:forward_backward", 3, id="train", marks=pytest.mark.slow),
     pytest.param("rollout/engine.py:load_shards", 4, id="sync_weights", marks=pytest.mark.slow),
     pytest.param("trainer/evaluation.py:evaluate", 4, id="last_evaluation", marks=pytest.mark.slow),
@@ -135,7 +135,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
 def test_told_to_stop_a_run_saves_and_goes_on_later(tmp_path: Path) -> None:
     """And while it runs, its folder is its own."""
     run = Run(tmp_path)
-    process = run.start_and_stop_inside("trainer/reinforcement.py:generate", after_rows=2)
+    process = run.start_and_stop_inside("trainer/rl.py:generate", after_rows=2)
     try:
         second = run.finish()
         assert second.code == 2, second.stderr[-4000:]

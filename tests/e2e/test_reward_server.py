@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from megatron_rl.rollout.reward_server import RewardServer
+from megatron_rl.rollout.server import RewardServer
 from tests.checkpoints import make_classifier
 from tests.e2e.test_algorithms import run_of
 

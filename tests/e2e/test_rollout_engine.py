@@ -124,7 +124,7 @@ class TestReload:
 
 
 def test_a_tensor_that_comes_twice_is_an_error() -> None:
-    from megatron_rl.rollout.reload import each_once
+    from megatron_rl.rollout.weight_loading import each_once
 
     tensors = each_once([("a", torch.ones(1)), ("b", torch.ones(1)), ("a", torch.ones(1))])
     with pytest.raises(RuntimeError, match="hold a twice"):

@@ -24,8 +24,8 @@ from megatron_rl.device import distributed_backend
 from megatron_rl.engine.initialize import initialize
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.step import forward_backward
-from megatron_rl.trainer.minibatch import MiniBatch
-from megatron_rl.trainer.objectives import SupervisedObjective
+from megatron_rl.objectives.minibatch import MiniBatch
+from megatron_rl.objectives.objectives import SupervisedObjective
 from tests.distributed.training_ranks import recorded_rollouts
 from tests.gpu.policies import build
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_rl.config.schema import QuantizedFormat
 from megatron_rl.rollout.engine import RolloutEngine
-from megatron_rl.weights.quantization import quantized_tensors
+from megatron_rl.weights.quantized.formats import quantized_tensors
 from tests.checkpoints import make_checkpoint
 from tests.gpu.conftest import needs
 from tests.gpu.policies import SEQUENCES, build, log_probs

@@ -10,16 +10,21 @@ from torch import Tensor
 
 from megatron_rl.algorithms.advantages import (
     RunningBaseline,
+    generalized_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
     whiten,
 )
-from megatron_rl.algorithms.gae import generalized_advantages
 from megatron_rl.algorithms.metrics import Moments
-from megatron_rl.algorithms.policy_gradient_loss import cispo_loss, importance_weighted_loss, reinforce_loss
-from megatron_rl.algorithms.policy_loss import ppo_clip_loss
+from megatron_rl.algorithms.policy_loss import (
+    cispo_loss,
+    gspo_loss,
+    importance_weighted_loss,
+    ppo_clip_loss,
+    ppo_trajectory_loss,
+    reinforce_loss,
+)
 from megatron_rl.algorithms.reward_shaping import terminal_rewards
-from megatron_rl.algorithms.sequence_policy_loss import gspo_loss, ppo_trajectory_loss
 from megatron_rl.algorithms.value_loss import clipped_value_loss, value_loss
 from tests.theory.tabular import TokenMDP, mean_loss, packed
 

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.importance import Level, Method, correction_weights, log_ratios
 from megatron_rl.algorithms.kl import exact_kl, kl_estimate, weighted_kl_estimate
-from megatron_rl.algorithms.policy_gradient_loss import importance_weighted_loss, reinforce_loss
-from megatron_rl.algorithms.sequence_policy_loss import ppo_trajectory_loss
+from megatron_rl.algorithms.policy_loss import importance_weighted_loss, ppo_trajectory_loss, reinforce_loss
 from tests.theory.tabular import TokenMDP, gradient_of, packed
 
 MDP = TokenMDP(3, 2, lambda c: float(c == (2, 1)) + 0.3 * c[0] - 0.2 * (c[0] == c[1]))

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from megatron_rl.algorithms.advantages import (
     RunningBaseline,
+    generalized_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
     whiten,
 )
-from megatron_rl.algorithms.gae import generalized_advantages
 from megatron_rl.algorithms.metrics import Moments
-from megatron_rl.algorithms.policy_gradient_loss import reinforce_loss
-from megatron_rl.algorithms.policy_loss import ppo_clip_loss
+from megatron_rl.algorithms.policy_loss import ppo_clip_loss, reinforce_loss
 from megatron_rl.algorithms.reward_shaping import terminal_rewards
 from tests.theory.tabular import TokenMDP, gradient_of, packed
 

@@ -5,14 +5,12 @@ import math
 import pytest
 import torch
 
-from megatron_rl.algorithms.advantages import RunningBaseline, group_relative_advantages
-from megatron_rl.algorithms.gae import generalized_advantages
+from megatron_rl.algorithms.advantages import RunningBaseline, generalized_advantages, group_relative_advantages
 from megatron_rl.algorithms.importance import log_ratios
 from megatron_rl.algorithms.kl import kl_estimate
 from megatron_rl.algorithms.metrics import combine, masked_mean
-from megatron_rl.algorithms.policy_loss import ppo_clip_loss
+from megatron_rl.algorithms.policy_loss import ppo_clip_loss, ppo_trajectory_loss
 from megatron_rl.algorithms.preference_loss import dpo_loss
-from megatron_rl.algorithms.sequence_policy_loss import ppo_trajectory_loss
 
 
 def surrogate(ratio: float, advantage: float) -> tuple[float, float]:

@@ -36,10 +36,10 @@ def weight_sync(quick: bool) -> Figures:
     from datetime import timedelta
 
     from megatron_rl.device import this_device
-    from megatron_rl.trainer.sync import plan_sync, trained_ranks
-    from megatron_rl.weights.exchange import Exchange, Orders
-    from megatron_rl.weights.holders import EngineRanks
-    from megatron_rl.weights.process_group import ProcessGroupTransport
+    from megatron_rl.sync.weight_sync import plan_sync, trained_ranks
+    from megatron_rl.weights.plan.ranks import EngineRanks
+    from megatron_rl.weights.transport.exchange import Exchange, Orders
+    from megatron_rl.weights.transport.process_group import ProcessGroupTransport
 
     with tempfile.TemporaryDirectory() as folder:
         policy, engine = _engine_and_policy(Path(folder), "1B")

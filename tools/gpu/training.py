@@ -17,7 +17,7 @@ def training_step(quick: bool, *, length: int = 2048, changes: dict[str, Any] | 
     from megatron_rl.engine.optimizer import Optimizer
     from megatron_rl.engine.policy import Policy
     from megatron_rl.engine.step import forward_backward
-    from megatron_rl.trainer.objectives import SupervisedObjective
+    from megatron_rl.objectives.objectives import SupervisedObjective
 
     # 18 bytes per parameter: weight, float32 gradient, float32 copy, two moments.
     room = torch.cuda.mem_get_info()[0] if DEVICE.type == "cuda" else 0
@@ -66,7 +66,7 @@ def _random_batch(policy: Any, num_sequences: int, length: int) -> Any:
     import numpy as np
 
     from megatron_rl.data.samples import TrainingSequence
-    from megatron_rl.trainer.minibatch import MiniBatch
+    from megatron_rl.objectives.minibatch import MiniBatch
 
     rng = np.random.default_rng(0)
     sequences = [

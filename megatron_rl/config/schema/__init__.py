@@ -71,10 +71,10 @@ from megatron_rl.config.schema.run import (
     GuardAction,
     GuardConfig,
     LoggingConfig,
+    SlurmConfig,
     TrainConfig,
     WatchdogConfig,
 )
-from megatron_rl.config.schema.slurm import SlurmConfig
 
 __all__ = [
     "AdamImplementation",

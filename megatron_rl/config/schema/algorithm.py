@@ -26,7 +26,7 @@ class KLEstimator(Enum):
 
 
 class Divergence(Enum):
-    """Of two distributions over the vocabulary; see `algorithms/distillation_loss.py`."""
+    """Of two distributions over the vocabulary; see `algorithms/supervised_loss.py`."""
 
     reverse = "reverse"
     forward = "forward"
@@ -78,7 +78,7 @@ class AdvantageConfig:
     """From rewards to advantages. An estimator takes those of these settings that its parameters name."""
 
     estimator: str = "group_relative"
-    """A name of `trainer/estimators.py`, or a dotted path 'package.module:function'."""
+    """A name of `objectives/advantages.py`, or a dotted path 'package.module:function'."""
     normalize_by_std: bool = True
     """group_relative: GRPO divides by the group's standard deviation; Dr.GRPO does not."""
     std_epsilon: float = 1e-6
@@ -100,7 +100,7 @@ class PolicyLossConfig:
     """The loss of the policy. It takes those of these settings that its parameters name."""
 
     name: str = "ppo_clip"
-    """A name of `trainer/policy_losses.py`, or a dotted path 'package.module:function'."""
+    """A name of `objectives/losses.py`, or a dotted path 'package.module:function'."""
     clip_low: float = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
@@ -188,7 +188,7 @@ class PreferenceConfig:
     """The loss of the recipes preference and reward_model; it takes the settings that it names."""
 
     loss: str = "dpo"
-    """A name of `trainer/preference_losses.py`, or a dotted path 'package.module:function'."""
+    """A name of `objectives/losses.py`, or a dotted path 'package.module:function'."""
     beta: float = 0.1
     """Inverse temperature of the implicit reward."""
     label_smoothing: float = 0.0
@@ -206,7 +206,7 @@ class SupervisedConfig:
     """The loss of the recipe sft."""
 
     loss: str = "sft"
-    """A name of `trainer/supervised_losses.py`, or a dotted path 'package.module:function'."""
+    """A name of `objectives/losses.py`, or a dotted path 'package.module:function'."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the loss."""
     coefficient: float = 1.0

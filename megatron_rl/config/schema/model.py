@@ -39,7 +39,7 @@ class Fp8Recipe(Enum):
 
 
 class QuantizedFormat(Enum):
-    """Formats of quantised weights; see `weights/quantization.py`."""
+    """Formats of quantised weights; see `weights/quantized/formats.py`."""
 
     fp8 = "fp8"
     fp8_block = "fp8_block"

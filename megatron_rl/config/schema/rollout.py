@@ -23,7 +23,7 @@ class InFlight(Enum):
 
 
 class SyncVerify(Enum):
-    """How much of every weight synchronisation is proven; see `trainer/sync.py`."""
+    """How much of every weight synchronisation is proven; see `sync/weight_sync.py`."""
 
     off = "off"
     sample = "sample"
@@ -82,7 +82,7 @@ class RolloutConfig:
     """Part of a GPU's memory for the engine."""
     offload_training: bool = False
     """While engines inside the ranks generate, gradients give up their memory and the optimizer's state is on the host;
-    see `engine/offload.py`."""
+    see `engine/optimizer.py`."""
     enforce_eager: bool = True
     """False lets vLLM compile and capture graphs: slower start, faster decoding."""
     quantization: QuantizedFormat | None = None
@@ -105,7 +105,7 @@ class SyncConfig:
     """Weights travel in buckets of at most this size (a single larger tensor travels alone)."""
     transport: SyncTransport = SyncTransport.auto
     """How disaggregated engines get their weights: through a folder, over the network by TCP, or in a process group of
-    all ranks and engines, which is NCCL's between GPUs and else gloo's. auto: see `trainer/ways.py`."""
+    all ranks and engines, which is NCCL's between GPUs and else gloo's. auto: see `sync/transports.py`."""
     folder: str | None = None
     """Folder of that transport; null: this machine's shared memory, or the run's folder if a Slurm job has tasks for
     engines."""

@@ -1,4 +1,4 @@
-"""Llama 2 and 3.x: a plain decoder; from 3.1 on with scaled rotary frequencies (see models/rotary.py)."""
+"""Llama 2 and 3.x: a plain decoder; from 3.1 on with scaled rotary frequencies (see models/build.py)."""
 
 from typing import Any
 

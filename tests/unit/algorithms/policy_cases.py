@@ -4,11 +4,17 @@ import math
 
 import torch
 
+from megatron_rl.algorithms.aggregation import sequence_sums, to_tokens
 from megatron_rl.algorithms.kl import kl_estimate, weighted_kl_estimate
-from megatron_rl.algorithms.policy_gradient_loss import cispo_loss, importance_weighted_loss, reinforce_loss
-from megatron_rl.algorithms.policy_loss import ppo_clip_loss
-from megatron_rl.algorithms.sequence_policy_loss import gspo_loss, gspo_token_loss, ppo_trajectory_loss
-from megatron_rl.algorithms.sequences import sequence_sums, to_tokens
+from megatron_rl.algorithms.policy_loss import (
+    cispo_loss,
+    gspo_loss,
+    gspo_token_loss,
+    importance_weighted_loss,
+    ppo_clip_loss,
+    ppo_trajectory_loss,
+    reinforce_loss,
+)
 from megatron_rl.algorithms.value_loss import clipped_value_loss, value_loss
 from tests.unit.algorithms.loss_case import Case
 

@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
-from megatron_rl.algorithms.combined_loss import combined_loss
 from megatron_rl.algorithms.diagnostics import ConvergenceMonitor, policy_change_metrics
 from megatron_rl.algorithms.metrics import EffectiveSampleSize, ExplainedVariance, Metric, Moments, combine
-from megatron_rl.algorithms.policy_gradient_loss import cispo_metrics
-from megatron_rl.algorithms.value_loss import value_metrics
+from megatron_rl.algorithms.policy_loss import cispo_metrics
+from megatron_rl.algorithms.value_loss import combined_loss, value_metrics
 
 NAN = float("nan")
 

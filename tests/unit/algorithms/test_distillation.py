@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.distillation_loss import distillation_advantages, distillation_loss
 from megatron_rl.algorithms.kl import adaptive_kl_coefficient, exact_kl, kl_estimate
-from megatron_rl.algorithms.policy_gradient_loss import reinforce_loss
+from megatron_rl.algorithms.policy_loss import reinforce_loss
+from megatron_rl.algorithms.supervised_loss import distillation_advantages, distillation_loss
 
 LN = math.log
 STUDENT = torch.tensor([[0.5, 0.5], [0.9, 0.1]], dtype=torch.float64).log()

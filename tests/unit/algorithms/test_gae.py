@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.gae import discounted_returns, generalized_advantages
+from megatron_rl.algorithms.advantages import discounted_returns, generalized_advantages
 
 NAN = float("nan")
 # Sequence 0: a prompt, a token, tool output, two tokens. Sequence 1: two tokens. Then padding.

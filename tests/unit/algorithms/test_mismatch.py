@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from megatron_rl.algorithms.diagnostics import mismatch_metrics
 from megatron_rl.algorithms.metrics import combine
-from megatron_rl.algorithms.mismatch import mismatch_metrics
 
 
 def results(metrics):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megatron_rl.algorithms.aggregation import sequence_means, sequence_sums
 from megatron_rl.algorithms.preference_loss import (
     dpo_loss,
     implicit_rewards,
@@ -13,7 +14,6 @@ from megatron_rl.algorithms.preference_loss import (
     preference_metrics,
 )
 from megatron_rl.algorithms.reward_model_loss import bradley_terry_loss, process_reward_metrics
-from megatron_rl.algorithms.sequences import sequence_means, sequence_sums
 from megatron_rl.algorithms.supervised_loss import focal_loss
 
 NAN = float("nan")

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_rl.algorithms.advantages import group_relative_advantages
-from megatron_rl.algorithms.gae import discounted_returns
+from megatron_rl.algorithms.advantages import discounted_returns, group_relative_advantages
+from megatron_rl.algorithms.aggregation import sequence_sums
 from megatron_rl.algorithms.reward_shaping import (
     kl_in_rewards,
     on_scale,
@@ -16,7 +16,6 @@ from megatron_rl.algorithms.reward_shaping import (
     rewards_spread_over_steps,
     terminal_rewards,
 )
-from megatron_rl.algorithms.sequences import sequence_sums
 
 NAN = float("nan")
 # Sequence 0: a prompt, four tokens, the last but one a tool's; sequence 1: two tokens; sequence 2: a prompt.

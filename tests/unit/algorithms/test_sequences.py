@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_rl.algorithms.sequences import (
+from megatron_rl.algorithms.aggregation import (
     sequence_lengths,
     sequence_means,
     sequence_of_tokens,

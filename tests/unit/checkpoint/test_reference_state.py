@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from megatron_rl.checkpoint import reference_state
+from megatron_rl.checkpoint import training_state
 from megatron_rl.checkpoint.folders import iteration_folder
 from megatron_rl.config.schema import Dtype, ModelConfig, ParallelConfig
 from megatron_rl.engine.initialize import finalize, initialize
@@ -40,10 +40,10 @@ def test_it_comes_back(groups: Groups, is_average: bool, decay: float, tmp_path:
     reference.move(decay)
     folder = iteration_folder(tmp_path, 7)
     folder.mkdir()
-    dist_checkpointing.save(reference_state.to_save(reference), str(folder))
+    dist_checkpointing.save(training_state.reference_to_save(reference), str(folder))
     fresh = start()
     assert any(not torch.equal(fresh.weights[name], reference.weights[name]) for name in fresh.weights)
-    reference_state.load(tmp_path, 7, fresh)
+    training_state.load_reference(tmp_path, 7, fresh)
     for name, weight in fresh.weights.items():
         assert torch.equal(weight, reference.weights[name]), name
         assert weight.dtype is (torch.float32 if is_average else torch.bfloat16)

@@ -25,7 +25,7 @@ from megatron_rl.checkpoint.folders import (
     steps_on_disk,
 )
 from megatron_rl.checkpoint.integrity import DIGESTS, check_digests, check_files
-from megatron_rl.checkpoint.resume import _candidates, _problem
+from megatron_rl.checkpoint.training_state import _candidates, _problem
 from megatron_rl.checkpoint.writer import CheckpointWriter
 
 

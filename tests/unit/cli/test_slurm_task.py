@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.cli.rank_environment import EnvironmentVariableError, attempt, started_by_srun, tasks_of_nodes
-from megatron_rl.cli.slurm_task import slurm_task
+from megatron_rl.cli.rank_environment import (
+    EnvironmentVariableError,
+    attempt,
+    slurm_task,
+    started_by_srun,
+    tasks_of_nodes,
+)
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.schema import Config, EnginePlacement
 from megatron_rl.placement.tasks import TaskPlan

@@ -8,7 +8,7 @@ from megatron_rl.config.hf_checkpoint import ModelShape
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Aggregation, Recipe
 from megatron_rl.config.validate import check_model, check_values
-from megatron_rl.rewards.registry import resolve_rewards
+from megatron_rl.rewards.scoring import resolve_rewards
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

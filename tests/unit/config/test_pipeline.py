@@ -8,8 +8,8 @@ from megatron.core.transformer import TransformerConfig
 
 import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
 from megatron_rl.config.errors import ConfigError
-from megatron_rl.config.pipeline import layers_of_stages
 from megatron_rl.config.schema import ParallelConfig
+from megatron_rl.config.world import layers_of_stages
 
 
 def parallel(pp: int, chunks: int | None = None, first: int | None = None, last: int | None = None, **accounts: bool):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_rl.data.datasets import DataOrder
 from megatron_rl.data.files import DataError
-from megatron_rl.data.order import DataOrder
 
 
 @settings(max_examples=60, deadline=None)

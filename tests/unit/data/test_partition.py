@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.data.partition import _largest_differencing, balanced_parts
+from megatron_rl.data.packing import _largest_differencing, balanced_parts
 
 Costs = list[int]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_rl.models.norm import PortableNorm
+from megatron_rl.models.layers import PortableNorm
 
 EPS = 1e-2  # large enough to be seen
 

@@ -9,8 +9,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_rl.config.errors import UserError
+from megatron_rl.models.build import inverse_frequencies
 from megatron_rl.models.rope_parameters import rope_parameters
-from megatron_rl.models.rotary import inverse_frequencies
 
 LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
 LLAMA3 = {

@@ -19,8 +19,8 @@ from megatron_rl.models.tensor_map import (
     stacked,
     vocabulary,
 )
-from megatron_rl.weights.gather import place
-from megatron_rl.weights.runs import matrix, rows, runs_of_shard
+from megatron_rl.weights.files.gather import place
+from megatron_rl.weights.files.local_shards import matrix, rows, runs_of_shard
 
 
 def test_replicated():

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.distillation_loss import distillation_loss
-from megatron_rl.algorithms.supervised_loss import label_smoothed_loss
+from megatron_rl.algorithms.supervised_loss import distillation_loss, label_smoothed_loss
 from megatron_rl.parallel.fused_linear_logits_loss import LinearLogits, fused_linear_logits_loss
 from megatron_rl.parallel.vocab_parallel_divergences import with_tail
 from tests.unit.parallel.linear_heads import Example

@@ -1,7 +1,7 @@
 """Reductions on one process; several ranks are in tests/distributed."""
 
 from megatron_rl.algorithms.metrics import Metric
-from megatron_rl.parallel.reductions import reduce_counts, reduce_metrics
+from megatron_rl.parallel.groups import reduce_counts, reduce_metrics
 
 
 def test_without_a_group_the_own_metrics_are_the_result_in_alphabetical_order():

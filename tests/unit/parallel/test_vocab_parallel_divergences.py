@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rl.algorithms.distillation_loss import distillation_loss
+from megatron_rl.algorithms.supervised_loss import distillation_loss
 from megatron_rl.parallel.vocab_parallel_divergences import (
     vocab_parallel_argmax,
     vocab_parallel_divergence,

@@ -12,8 +12,7 @@ import pytest
 from megatron_rl.config.schema import RewardFunctionConfig, RewardsConfig
 from megatron_rl.data.samples import Completion, Prompt
 from megatron_rl.rewards.pool import RewardPool
-from megatron_rl.rewards.registry import RewardError, resolve_rewards
-from megatron_rl.rewards.scoring import score
+from megatron_rl.rewards.scoring import RewardError, resolve_rewards, score
 
 VERIFIER = "tests.unit.rewards.verifiers:obedient"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.schema import RewardFunctionConfig, RewardsConfig
-from megatron_rl.rewards.registry import BUILT_INS, BoundReward, RewardError, resolve_rewards
+from megatron_rl.rewards.scoring import BUILT_INS, BoundReward, RewardError, resolve_rewards
 
 SAMPLE = {"prompt": "p", "completion": "1 and 72", "answer": "72", "row": {"k": 1}, "finish_reason": "stop"}
 

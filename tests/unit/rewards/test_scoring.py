@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_rl.data.samples import Completion, Prompt
-from megatron_rl.rewards.registry import BoundReward, RewardError
-from megatron_rl.rewards.scoring import score
+from megatron_rl.rewards.scoring import BoundReward, RewardError, score
 
 PROMPT = Prompt(4, (1, 2), "2+2=", "4", "train.jsonl:5", {"level": 3})
 

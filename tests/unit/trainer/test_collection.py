@@ -4,8 +4,8 @@ import pytest
 
 from megatron_rl.config.schema import OverlongConfig
 from megatron_rl.data.samples import Completion, Prompt, Sample
-from megatron_rl.trainer.collection import Collection
-from megatron_rl.trainer.length_penalty import punish_length
+from megatron_rl.objectives.penalties import punish_length
+from megatron_rl.trainer.rollouts import Collection
 
 
 def group(prompt_id: int, *rewards: float, num_tokens: int = 1) -> list[Sample]:

@@ -7,11 +7,10 @@ import pytest
 
 from megatron_rl.config.schema import Config, EvaluationConfig, RewardFunctionConfig, RewardsConfig
 from megatron_rl.data.samples import Completion, Prompt, Sample
-from megatron_rl.rewards.registry import resolve_rewards
-from megatron_rl.rewards.scoring import score
+from megatron_rl.rewards.scoring import resolve_rewards, score
 from megatron_rl.rollout.sampling import Sampling
+from megatron_rl.runs.progress import Progress
 from megatron_rl.trainer.evaluation import evaluate
-from megatron_rl.trainer.progress import Progress
 from megatron_rl.trainer.rollouts import RolloutWorker, draw_seeds
 
 PROMPTS = [Prompt(i, (1,), f"{i}=", answer=str(i), source=f"heldout.jsonl:{i + 1}") for i in range(3)]

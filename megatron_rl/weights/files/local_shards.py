@@ -1,0 +1,122 @@
+"""This rank's parameters under the names of the families' tables.
+
+The runs of a table as views of tensors, for whoever moves them.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from megatron_rl.models.tensor_map import Run, TensorMap
+from megatron_rl.parallel.groups import Groups
+
+# Transformer Engine fuses each norm into the linear layer after it; the tables use the unfused names.
+FUSED_NORMS = {
+    "self_attention.linear_qkv": "input_layernorm",
+    "self_attention.linear_q_up_proj": "self_attention.q_layernorm",
+    "self_attention.linear_kv_up_proj": "self_attention.kv_layernorm",
+    "mlp.linear_fc1": "pre_mlp_layernorm",
+}
+"""Linear layer -> the norm before it, by names in a layer."""
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
+_FUSED_NORM = re.compile(r"^(.*)\.layer_norm_(weight|bias)$")
+_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.*)$")
+_GROUPED_EXPERT = re.compile(r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
+VALUE_HEAD = "value_head"
+"""Where a model with a critic on its backbone keeps the critic's head; see `engine/scalar_model.py`."""
+_BUFFERS = (".router.expert_bias",)
+"""Buffers that are weights of the Hugging Face checkpoint."""
+
+
+def local_parameters(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Weights of this rank's model chunks (unwrapped GPTModels) by table name: parameters, and buffers like them.
+
+    Layers are numbered over the whole model, experts over their whole layer. The copy of a tied embedding that a last
+    pipeline stage keeps as its output layer is left out: it is the first stage's parameter. So is a value head beside
+    the output layer, which no table has.
+    """
+    parameters: dict[str, Tensor] = {}
+    for chunk in chunks:
+        weights = [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(_BUFFERS)]
+        for name, parameter in (*chunk.named_parameters(), *weights):
+            if name.startswith(f"{VALUE_HEAD}."):
+                continue
+            match = _LAYER.match(name)
+            if match:
+                layer: Any = chunk.decoder.layers[int(match[1])]  # type: ignore[union-attr,index]
+                name = f"decoder.layers.{layer.layer_number - 1}.{_name_in_layer(match[2], layer)}"
+            elif name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                continue
+            parameters[name] = parameter
+    return parameters
+
+
+def _name_in_layer(name: str, layer: Any) -> str:
+    """The table's name of a parameter of `layer`, given core's."""
+    if fused := _FUSED_NORM.match(name):
+        return f"{FUSED_NORMS[fused[1]]}.{fused[2]}"
+    if grouped := _GROUPED_EXPERT.match(name):
+        name = f"mlp.experts.local_experts.{grouped[3]}.{grouped[1]}.{grouped[2]}"
+    if expert := _EXPERT.match(name):
+        first = layer.mlp.local_expert_indices[0]
+        return f"mlp.experts.local_experts.{first + int(expert[1])}.{expert[2]}"
+    return name
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which shard of a parameter a rank holds: (rank, size) of the group that splits it."""
+
+    tp: tuple[int, int] = (0, 1)
+    """In the tensor-parallel group, which splits all parameters but the experts'."""
+    etp: tuple[int, int] = (0, 1)
+    """In the expert-tensor-parallel group, which splits the experts'."""
+
+    @staticmethod
+    def of(groups: Groups) -> "Place":
+        """The place of this rank."""
+        return Place((groups.tp.rank(), groups.tp.size()), (groups.etp.rank(), groups.etp.size()))
+
+    def in_group_of(self, tensor_map: TensorMap) -> tuple[int, int]:
+        """(rank, size) in the group that splits this parameter."""
+        return self.tp if tensor_map.expert is None else self.etp
+
+
+def check_table(parameters: dict[str, Tensor], maps: Sequence[TensorMap], place: Place) -> None:
+    """Assert that the table describes these parameters: every one of them, in the shape that this rank holds."""
+    table = {tensor_map.name: tensor_map for tensor_map in maps}
+    for name, parameter in parameters.items():
+        assert name in table, f"parameter {name} is not in the family's table"
+        expected = table[name].shard_shape(*place.in_group_of(table[name]))
+        assert tuple(parameter.shape) == expected, f"parameter {name}: shape {tuple(parameter.shape)}, table {expected}"
+
+
+def matrix(tensor_map: TensorMap, hf_tensor: Tensor) -> Tensor:
+    """View of a whole Hugging Face tensor, as stored, whose rows along `tensor_map.dim` the runs count."""
+    view = hf_tensor if tensor_map.index is None else hf_tensor[tensor_map.index]
+    return view.t() if tensor_map.transposed else view
+
+
+def rows(view: Tensor, dim: int, run: Run) -> Tensor:
+    """View of the run's rows of a matrix."""
+    index = slice(run.start, run.start + (run.size - 1) * run.step + 1, run.step)
+    return view[(slice(None),) * dim + (index,)]
+
+
+@dataclass(frozen=True)
+class RunOfShard:
+    """A run, and the part of a shard that it fills."""
+
+    run: Run
+    shard: Tensor
+
+
+def runs_of_shard(tensor_map: TensorMap, rank: int, size: int, shard: Tensor) -> Iterator[RunOfShard]:
+    """The shard of rank `rank` of `size`, cut into views of its runs."""
+    offset = 0
+    for run in tensor_map.runs(rank, size):
+        yield RunOfShard(run, shard.narrow(tensor_map.dim, offset, run.size))
+        offset += run.size
