@@ -19,7 +19,8 @@ import inspect
 import queue
 import shutil
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,9 @@ class _Pending:
     """Core's own last actions: the index and the format file; collective."""
     results: Any
     """Where core looks for what was written."""
+    started: float = field(default_factory=time.monotonic)
+    ended: float | None = None
+    """When this rank's files were written, by the same clock."""
     thread: threading.Thread | None = None
     written: dict[int, Any] = field(default_factory=dict)
     digests: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -74,6 +78,10 @@ class CheckpointWriter:
         self.checkpoints = checkpoints
         self.asynchronous = asynchronous
         self.keep_last, self.keep_best = keep_last, keep_best
+        self.longest_seconds = 0.0
+        """Longest that a checkpoint has taken, from its beginning to this rank's last byte."""
+        self.on_published: Callable[[int], object] = lambda step: None
+        """Called on rank 0 with the step of each checkpoint that is complete."""
         self._pending: _Pending | None = None
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._is_validated = False
@@ -145,6 +153,7 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending.thread is not None:
             pending.thread.join()
+        self.longest_seconds = max(self.longest_seconds, (pending.ended or time.monotonic()) - pending.started)
         self._agree(pending.step, pending.error)
         if pending.written:
             pending.results.put(pending.written)
@@ -159,6 +168,7 @@ class CheckpointWriter:
             try:
                 write_digests(partial_folder(self.checkpoints, pending.step), digests)
                 publish(self.checkpoints, pending.step)
+                self.on_published(pending.step)
                 delete_old(self.checkpoints, pending.step, self.keep_last, self.keep_best)
             except OSError as error:
                 problem = _said(error)
@@ -208,6 +218,13 @@ class CheckpointWriter:
 
 def _write(pending: _Pending, buckets: list[_Bucket], transforms: Any) -> None:
     """Write the files of this rank; the body of the thread."""
+    try:
+        _write_buckets(pending, buckets, transforms)
+    finally:
+        pending.ended = time.monotonic()
+
+
+def _write_buckets(pending: _Pending, buckets: list[_Bucket], transforms: Any) -> None:
     write = partial(filesystem_async.FileSystemWriterAsync.write_preloaded_data, transforms)
     for number, bucket in enumerate(buckets):
         results: queue.Queue[Any] = queue.Queue()

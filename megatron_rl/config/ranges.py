@@ -84,6 +84,7 @@ RANGES = {
     "train.max_rollbacks": "[0, inf)",
     "train.micro_batch_tokens": "[1, inf)",
     "checkpoint.save_interval": "[0, inf)",
+    "checkpoint.save_minutes": "(0, inf)",
     "checkpoint.keep_last": "[1, inf)",
     "checkpoint.keep_best": "[0, inf)",
     "evaluation.interval": "[0, inf)",

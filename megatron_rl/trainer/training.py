@@ -28,7 +28,7 @@ from megatron_rl.objectives.minibatch import MiniBatch
 from megatron_rl.parallel.groups import Groups, reduce_metrics
 from megatron_rl.placement.sizes import mfu
 from megatron_rl.runs.directory import RunDirectory
-from megatron_rl.runs.interruption import Interruption
+from megatron_rl.runs.interruption import Interruption, JobClock, job_end, tell_saved
 from megatron_rl.runs.progress import PhaseTimer, Progress, say
 from megatron_rl.runs.record import Record, RunState, open_folder
 from megatron_rl.runs.watchdog import Watchdog
@@ -97,6 +97,7 @@ class Training:
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
         )
+        self.checkpoints.on_published = tell_saved
         self._resume()
         self._record = Record(self.run, config, self.state.step) if self.is_main and records else None
         self.progress = Progress(
@@ -201,6 +202,7 @@ class Training:
         A metric `throughput/tokens`, the tokens of the step, is completed by the rates.
         """
         self.timer.pop()
+        self._job.start_step()
         self._updates.flops = 0
         if self.watchdog is not None:
             self.watchdog.step = self.state.step + 1
@@ -223,17 +225,23 @@ class Training:
             row["throughput/mfu"] = mfu(self._updates.flops, row["timing_s/train"], dist.get_world_size(), peak)
         self.record(row)
         self.progress.update(1, **{name.split("/")[-1]: row[name] for name in _SHOWN if name in row})
+        self._job.end_step()
+        # The clock of rank 0 alone: those of several machines differ, and each rank would ask Slurm.
+        decision = self._interruption.agreed(
+            stop=self._job.out_of_time(self.checkpoints.longest_seconds) if self.is_main else None,
+            save=self.is_main and self._job.save_is_due,
+        )
         interval = self.config.checkpoint.save_interval
-        told_to_stop = self._interruption.agreed()
+        is_last = self.is_done or decision.stop is not None
         with self.timer.phase("save"):
-            if self.is_done or told_to_stop or (interval and self.state.step % interval == 0):
+            if is_last or decision.save or (interval and self.state.step % interval == 0):
                 self.save(row)
             else:
                 self.checkpoints.poll()
-            if self.is_done or told_to_stop:
+            if is_last:
                 self.checkpoints.finish()
-        if told_to_stop and not self.is_done:
-            raise Interrupted(f"{told_to_stop}: the state after step {self.state.step} is saved")
+        if decision.stop is not None and not self.is_done:
+            raise Interrupted(f"{decision.stop}: the state after step {self.state.step} is saved")
 
     def record(self, row: dict[str, float]) -> None:
         """Append a row at the present step to the metrics."""
@@ -246,6 +254,7 @@ class Training:
         state = training_state.to_save(self.models, asdict(self.state))
         if self._moving_reference is not None:
             state |= training_state.reference_to_save(self._moving_reference)
+        self._job.start_save()
         self.checkpoints.save(self.state.step, state, notes=notes)
 
     def finish(self) -> None:
@@ -255,6 +264,8 @@ class Training:
 
     def __enter__(self) -> Self:
         self._interruption = Interruption()
+        end = job_end if self.is_main else lambda: None
+        self._job = JobClock(end, save_minutes=self.config.checkpoint.save_minutes)
         return self
 
     def __exit__(

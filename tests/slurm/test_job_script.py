@@ -27,6 +27,8 @@ codes = [int(code) for code in os.environ["CODES"].split(",")]
 code = codes[min(number, len(codes) - 1)]
 if code and os.environ["SLURM_PROCID"] == "0":
     time.sleep(30)  # is ended with the one that fails
+if os.environ.get("SAVES"):
+    open(os.environ["MEGATRON_RL_ATTEMPT_LOGS"] + "/saved", "w").close()
 if code in (2, 75):
     open(os.environ["MEGATRON_RL_ATTEMPT_LOGS"] + "/exit_code", "w").write(str(code))
 sys.exit(code)
@@ -70,6 +72,12 @@ def test_a_run_that_crashes_is_started_again_but_not_for_ever(cluster: Cluster, 
     ended = cluster.wait(always)
     assert ended["JobState"] == "FAILED"
     assert sorted({name.split("/")[0] for name in logs(tmp_path / "always")}) == ["attempt_0.0", "attempt_0.1"]
+
+
+def test_failures_are_counted_since_the_last_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, "1,1,1,0", "--export=ALL,MEGATRON_RL_MAX_RESTARTS=1,SAVES=1")
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
+    assert sorted({name.split("/")[0] for name in logs(tmp_path)}) == [f"attempt_0.{start}" for start in range(4)]
 
 
 def test_a_users_mistake_is_not_repeated(cluster: Cluster, tmp_path: Path) -> None:

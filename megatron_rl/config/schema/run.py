@@ -38,7 +38,10 @@ class CheckpointConfig:
     """Training state on disk."""
 
     save_interval: int = 50
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: only by the clock and at the end."""
+    save_minutes: float | None = 45.0
+    """Minutes between checkpoints, whatever `save_interval` says; null: by steps alone. Steps of large models take
+    minutes, and what a failure costs is counted in time (Daly's optimum for a stall of 30 s on 1,024 GPUs is 54)."""
     asynchronous: bool = True
     """Write in the background, from a copy on the host; false: training waits until a checkpoint is complete."""
     keep_last: int | None = None
@@ -155,7 +158,7 @@ class SlurmConfig:
     signal_seconds: int = 180
     """The ranks are told to save this long before the time limit; longer than a step and a checkpoint."""
     max_restarts: int = 3
-    """Starts after a failure inside one job, besides those that Slurm makes."""
+    """Starts after a failure inside one job without a new checkpoint, besides those that Slurm makes."""
     container: str | None = None
     """Image that the ranks run in; null: none."""
     container_runtime: str = "pyxis"
