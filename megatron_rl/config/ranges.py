@@ -44,6 +44,8 @@ RANGES = {
     "rollout.max_model_len": "[2, inf)",
     "rollout.max_num_seqs": "[1, inf)",
     "rollout.kv_cache_gigabytes": "(0, inf)",
+    "rollout.start_minutes": "(0, inf)",
+    "rollout.request_minutes": "(0, inf)",
     "rollout.max_mismatch": "(0, inf)",
     "rollout.gpu_memory_utilization": "(0, 1]",
     "sync.bucket_megabytes": "(0, inf)",

@@ -303,6 +303,21 @@ def _check_batches(config: Config, world_size: int | None) -> None:
         refuse("algorithm.token_sum_norm", algorithm.token_sum_norm, "null unless algorithm.aggregation=token_sum_norm")
 
 
+def _check_limits(config: Config) -> None:
+    """Limits that would end a run whose engines are within theirs."""
+    collective_minutes = config.parallel.distributed_timeout_minutes
+    # The workers of an engine may wait twice, for the first message and for the last, and a minute is for the answer.
+    longest = 60.0 * collective_minutes - 60.0
+    if 2 * config.sync.timeout_seconds > longest:
+        allowed = f"at most {longest / 2:g} s with parallel.distributed_timeout_minutes={collective_minutes:g}"
+        refuse("sync.timeout_seconds", config.sync.timeout_seconds, allowed)
+    watchdog, needed = config.watchdog, (2 * config.sync.timeout_seconds + 60.0) / 60.0
+    limit = watchdog.phase_limits.get("sync_weights", watchdog.phase_minutes)
+    if watchdog.enabled and limit < needed:
+        key = "phase_limits.sync_weights" if "sync_weights" in watchdog.phase_limits else "phase_minutes"
+        refuse(f"watchdog.{key}", limit, f"at least {needed:g}, twice sync.timeout_seconds and a minute")
+
+
 def _check_rollout(config: Config, world_size: int | None) -> None:
     rollout, evaluation = config.rollout, config.evaluation
     ranks = num_ranks(config, world_size)
@@ -313,6 +328,7 @@ def _check_rollout(config: Config, world_size: int | None) -> None:
             refuse("rollout.quantization", rollout.quantization.value, "null with rollout.placement=disaggregated")
         if config.model.batch_invariant_mode:
             refuse("model.batch_invariant_mode", True, "false with rollout.placement=disaggregated")
+        _check_limits(config)
         if config.sync.delta and config.sync.transport is SyncTransport.process_group:
             refuse(
                 "sync.delta", config.sync.delta, "0 with sync.transport=process_group, whose messages have one length"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 _TOLD_SECONDS = 1.0
 """Progress is told to the other ranks at most this often."""
@@ -47,6 +48,15 @@ class Meeting:
         self._told_at = float("-inf")
         self._number = 0
 
+    @classmethod
+    def of_world(
+        cls, name: str, *, limit_seconds: float, on_progress: Callable[[], object] = lambda: None
+    ) -> "Meeting":
+        """The meetings of torch.distributed's world, on its own store."""
+        store = c10d._get_default_store()
+        rank, size = dist.get_rank(), dist.get_world_size()
+        return cls(store, rank, size, name=name, limit_seconds=limit_seconds, on_progress=on_progress)
+
     def progressed(self) -> None:
         """This rank has done something that others may be waiting for: a few tokens, one sample, one engine's start."""
         self._on_progress()
@@ -65,13 +75,15 @@ class Meeting:
             NoProgressError: no rank has made progress for `limit_seconds`; it names the ranks that are missing.
         """
         self._number += 1
-        key = f"{self._number}"
-        self._store.append(f"{key}/ranks", f"{self._rank} ")  # type: ignore[attr-defined]  # missing in torch's stubs
+        key, before = f"{self._number}", f"{self._number - 1}"
+        self._store.set(f"{key}/{self._rank}", "")
+        if self._number > 1:
+            self._store.delete_key(f"{before}/{self._rank}")
         if self._store.add(f"{key}/count", 1) == self._size:
             self._store.set(f"{key}/open", "")
             if self._number > 1:  # all have left the one before, since all have come to this one
-                for part in ("ranks", "count", "open"):
-                    self._store.delete_key(f"{self._number - 1}/{part}")
+                self._store.delete_key(f"{before}/count")
+                self._store.delete_key(f"{before}/open")
             return
         progress, since = self._store.add("progress", 0), time.monotonic()
         while not self._opens(f"{key}/open"):
@@ -88,12 +100,13 @@ class Meeting:
         """Whether the meeting has begun, after at most `poll_seconds`."""
         try:
             self._store.wait([key], self._poll)
-        except dist.DistStoreError:  # not within `poll_seconds`
-            return False
+        except (
+            RuntimeError
+        ):  # not within `poll_seconds`; kinds of stores say it differently. One that is gone says so now
+            return self._store.check([key])
         return True
 
     def _missing(self, key: str) -> str:
-        came = {int(rank) for rank in self._store.get(f"{key}/ranks").split()}
-        missing = [str(rank) for rank in range(self._size) if rank not in came]
+        missing = [str(rank) for rank in range(self._size) if not self._store.check([f"{key}/{rank}"])]
         shown = ", ".join(missing) if len(missing) <= 8 else f"{', '.join(missing[:3])}, ... ({len(missing)})"
         return f"rank {shown}" if len(missing) == 1 else f"ranks {shown}"

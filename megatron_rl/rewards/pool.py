@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,11 +64,17 @@ class RewardPool:
         self.num_workers, self.timeout_s, self.memory_bytes = num_workers, timeout_s, memory_bytes
         self._idle: list[_Worker] = []
 
-    def call(self, function: Function, samples: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+    def call(
+        self,
+        function: Function,
+        samples: Sequence[Mapping[str, Any]],
+        on_progress: Callable[[], object] = lambda: None,
+    ) -> list[Outcome]:
         """function(**sample) for every sample, in order.
 
         Args:
             function: importable by name, as a configuration's functions are.
+            on_progress: called after every sample.
         """
         outcomes: list[Outcome | None] = [None] * len(samples)
         waiting = deque(range(len(samples)))
@@ -90,6 +96,7 @@ class RewardPool:
                         continue
                     if worker.call is not None:
                         outcomes[worker.call] = outcome
+                        on_progress()
                     elif outcome.lost is not None:
                         raise RuntimeError(f"a reward worker does not start: {outcome.lost}")
                     if outcome.lost is None and waiting:

@@ -93,6 +93,7 @@ def score(
     *,
     pool: RewardPool | None = None,
     lost_value: float = 0.0,
+    on_progress: Callable[[], object] = lambda: None,
 ) -> list[Sample]:
     """Scores completions[i], which was generated for prompts[i]; a prompt stands there once for each completion.
 
@@ -101,12 +102,13 @@ def score(
     Args:
         pool: runs functions of the user's own; None: they run here.
         lost_value: the term of a function that the pool had to end.
+        on_progress: called after every sample that a function has scored.
 
     Raises:
         RewardError: a function raised, or returned anything else; names the function, the row and the completion.
     """
     pairs = list(zip(prompts, completions, strict=True))
-    outcomes = [_outcomes(reward, pairs, pool) for reward in rewards]
+    outcomes = [_outcomes(reward, pairs, pool, on_progress) for reward in rewards]
     samples = []
     for number, (prompt, completion) in enumerate(pairs):
         terms, lost = {}, []
@@ -123,7 +125,10 @@ def score(
 
 
 def _outcomes(
-    reward: BoundReward, pairs: Sequence[tuple[Prompt, Completion]], pool: RewardPool | None
+    reward: BoundReward,
+    pairs: Sequence[tuple[Prompt, Completion]],
+    pool: RewardPool | None,
+    on_progress: Callable[[], object],
 ) -> Sequence[Outcome]:
     """What the function makes of each sample."""
     keywords = [
@@ -137,8 +142,12 @@ def _outcomes(
         for prompt, completion in pairs
     ]
     if pool is not None and reward.is_users:
-        return pool.call(reward.call, keywords)
-    return [_called(reward, sample) for sample in keywords]
+        return pool.call(reward.call, keywords, on_progress)
+    outcomes = []
+    for sample in keywords:
+        outcomes.append(_called(reward, sample))
+        on_progress()
+    return outcomes
 
 
 def _called(reward: BoundReward, sample: dict[str, Any]) -> Outcome:

@@ -28,6 +28,15 @@ class Address:
 
     def get(self, path: str, *, timeout_seconds: float) -> Any:
         """Answer to a GET."""
+        text = self.get_text(path, timeout_seconds=timeout_seconds)
+        return json.loads(text) if text else None
+
+    def get_text(self, path: str, *, timeout_seconds: float) -> str:
+        """Answer to a GET, as it is.
+
+        Raises:
+            EngineLost: no answer in time, or one that is not 200.
+        """
         return self._ask("GET", path, None, timeout_seconds)
 
     def post(self, path: str, body: Any = None, *, timeout_seconds: float, **query: str) -> Any:
@@ -36,9 +45,10 @@ class Address:
         Raises:
             EngineLost: no answer in time, or one that is not 200.
         """
-        return self._ask("POST", f"{path}?{urlencode(query)}" if query else path, body, timeout_seconds)
+        text = self._ask("POST", f"{path}?{urlencode(query)}" if query else path, body, timeout_seconds)
+        return json.loads(text) if text else None
 
-    def _ask(self, method: str, path: str, body: Any, timeout_seconds: float) -> Any:
+    def _ask(self, method: str, path: str, body: Any, timeout_seconds: float) -> str:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_seconds)
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
         where = f"engine at {self.host} port {self.port}, {method} {path.partition('?')[0]}"
@@ -54,7 +64,7 @@ class Address:
             connection.close()
         if response.status != 200:
             raise EngineLost(f"{where}: answered {response.status}: {text[:300]}")
-        return json.loads(text) if text else None
+        return text
 
 
 def address_towards(host: str) -> str:

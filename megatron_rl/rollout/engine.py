@@ -132,7 +132,7 @@ class RolloutEngine:
             num_samples: completions of each prompt.
             sampling: how tokens are drawn.
             seeds: one per prompt. Sample i of a prompt depends on its seed and i alone; equal seeds give equal noise.
-            on_progress: called with the number of completions that have just finished.
+            on_progress: called after every step of the engine, with the number of completions that it finished.
 
         Returns:
             [num_prompts][num_samples] completions. log_probs are those of the distribution sampled from: after
@@ -273,7 +273,7 @@ class RolloutEngine:
             while self._engine.has_unfinished_requests():
                 finished = self._engine.step()
                 outputs |= {int(output.request_id): output for output in finished}
-                if finished and on_progress is not None:
+                if on_progress is not None:
                     on_progress(len(finished))
         return [outputs[index] for index in range(len(requests))]
 

@@ -22,15 +22,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_rl.rollout.address import Address, EngineLost
-from megatron_rl.rollout.server import START_SECONDS, EngineServer
+from megatron_rl.rollout.server import EngineServer
 
 FOLDER_VARIABLE = "MEGATRON_RL_ENGINES"
 """In a rank's environment: the folder, where engines have hosts."""
 
 _ENDED = "ranks_ended"
 _POLL_SECONDS = 0.25
-_WAIT_SECONDS = 2 * START_SECONDS
-"""Limit of a wait for a host: it may have begun a start just before it is asked for another."""
 
 
 def host_engine(number: int, folder: Path, start: Callable[[], EngineServer]) -> None:
@@ -74,21 +72,36 @@ def end_hosts(folder: Path) -> None:
 class HostedServer:
     """The hold of a rank on a server that a host keeps."""
 
-    def __init__(self, number: int, folder: Path) -> None:
+    def __init__(
+        self,
+        number: int,
+        folder: Path,
+        *,
+        start_seconds: float = 600.0,
+        on_progress: Callable[[], object] = lambda: None,
+    ) -> None:
         """Wait until the host has started it.
+
+        Args:
+            number, folder: see `host_engine`.
+            start_seconds: limit of one start.
+            on_progress: called now and then while it is waited for.
 
         Raises:
             EngineLost: it takes too long.
         """
         self._number, self._folder, self._files = number, folder, _Files(folder, number)
+        # The host may have begun a start just before it is asked for another.
+        self._wait_seconds, self._on_progress = 2 * start_seconds, on_progress
         self._start, self.address = self._wait_for(0)
 
-    def restart(self) -> None:
+    def restart(self, on_progress: Callable[[], object] = lambda: None) -> None:
         """Have the host end this start of the server, if it has not, and wait for the next one.
 
         Raises:
             EngineLost: it takes too long.
         """
+        self._on_progress = on_progress
         self._files.lose(self._start)
         self._start, self.address = self._wait_for(self._start + 1)
 
@@ -97,13 +110,14 @@ class HostedServer:
         end_hosts(self._folder)
 
     def _wait_for(self, start: int) -> tuple[int, Address]:
-        deadline = time.monotonic() + _WAIT_SECONDS
+        deadline = time.monotonic() + self._wait_seconds
         while (found := self._files.published()) is None or found[0] < start:
             if time.monotonic() > deadline:
                 raise EngineLost(
-                    f"engine {self._number}: its host has not started it within {_WAIT_SECONDS:.0f} s; "
+                    f"engine {self._number}: its host has not started it within {self._wait_seconds:.0f} s; "
                     f"{self._files.address} does not tell of start {start}"
                 )
+            self._on_progress()
             time.sleep(_POLL_SECONDS)
         return found
 

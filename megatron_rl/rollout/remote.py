@@ -11,8 +11,10 @@ computed anew; `wait` finishes them first; `abort` ends them. A completion bears
 """
 
 import json
+import re
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,11 @@ from megatron_rl.weights.transport.sockets import Door
 
 _CONTROL_SECONDS = 60.0
 _HEALTH_SECONDS = 10.0
+_LOOK_SECONDS = 5.0
+"""How often a server that generates is asked how far it is, and how long it has for the answer."""
+_UNANSWERED = 3
+"""Looks in a row that a server may leave unanswered."""
+_GENERATED = re.compile(r"^vllm:generation_tokens_total(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
 
 
 class NoEngine:
@@ -60,7 +67,8 @@ class RemoteEngine:
         decode: Callable[[Sequence[int]], str],
         max_model_len: int,
         update_mode: str = "keep",
-        generate_timeout_seconds: float = 3600.0,
+        request_seconds: float = 3600.0,
+        stall_seconds: float = 300.0,
     ) -> None:
         """Args:
         server: answers; its model's weights are version 0.
@@ -68,24 +76,33 @@ class RemoteEngine:
         decode: token ids to text.
         max_model_len: longest prompt + completion, tokens; as the server was told.
         update_mode: 'keep', 'wait' or 'abort'.
-        generate_timeout_seconds: limit of one request.
+        request_seconds: limit of one request.
+        stall_seconds: longest time in which a server that has requests generates no token.
         """
         self.server, self.folder, self._decode = server, folder, decode
         self.max_model_len, self.weight_version = max_model_len, 0
-        self._update_mode, self._generate_timeout = update_mode, generate_timeout_seconds
+        self._is_stalled = False
+        self._update_mode, self._request_seconds, self._stall_seconds = update_mode, request_seconds, stall_seconds
 
     def answers(self) -> bool:
         """Whether the server is alive and not frozen."""
+        if self._is_stalled:
+            return False
         try:
             self.server.address.get("/health", timeout_seconds=_HEALTH_SECONDS)
         except EngineLost:
             return False
         return True
 
-    def restart(self) -> None:
-        """End what is left of the server and start it again; it has version 0 until the next synchronisation."""
+    def restart(self, on_progress: Callable[[], object] = lambda: None) -> None:
+        """End what is left of the server and start it again; it has version 0 until the next synchronisation.
+
+        Args:
+            on_progress: called now and then while it starts.
+        """
         self.weight_version = 0
-        self.server.restart()
+        self.server.restart(on_progress)
+        self._is_stalled = False
 
     def give_orders(self, orders: dict[int, Orders], *, max_changed: float) -> dict[int, Door]:
         """Tell each rank of the engine what synchronisations bring; once for each start of the server.
@@ -148,7 +165,7 @@ class RemoteEngine:
         return list(answer["results"])
 
     def _pause_seconds(self) -> float:
-        return self._generate_timeout if self._update_mode == "wait" else _CONTROL_SECONDS
+        return self._request_seconds if self._update_mode == "wait" else _CONTROL_SECONDS
 
     def generate(
         self,
@@ -159,10 +176,11 @@ class RemoteEngine:
         seeds: Sequence[int],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """As `RolloutEngine.generate`, and
+        """As `RolloutEngine.generate`; `on_progress` is also called, with 0, whenever tokens were generated. And
 
         Raises:
-            EngineLost: the server died, or a completion was aborted or took too long.
+            EngineLost: the server died, does not answer, has generated nothing for `stall_seconds`, or a completion was
+                aborted or took too long.
         """
         for prompt in prompts:
             if not 0 < len(prompt.token_ids) < self.max_model_len:
@@ -175,15 +193,52 @@ class RemoteEngine:
             for prompt, seed in zip(prompts, seeds, strict=True)
             for sample in range(num_samples)
         ]
-        with ThreadPoolExecutor(max_workers=max(1, min(len(requests), 256))) as pool:
-            futures: list[Future[Completion]] = []
-            for prompt, seed in requests:
-                future = pool.submit(self._complete, prompt, sampling, seed)
-                if on_progress is not None:
-                    future.add_done_callback(lambda _: on_progress(1))
-                futures.append(future)
+        pool = ThreadPoolExecutor(max_workers=max(1, min(len(requests), 256)))
+        try:
+            futures = [pool.submit(self._complete, prompt, sampling, seed) for prompt, seed in requests]
+            self._watch(futures, on_progress or (lambda _: None))
             completions = [future.result() for future in futures]
+        finally:  # of a server that is lost, whose end ends them, requests are not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
         return [completions[start : start + num_samples] for start in range(0, len(completions), num_samples)]
+
+    def _watch(self, futures: Sequence["Future[Completion]"], on_progress: Callable[[int], None]) -> None:
+        """Wait for all requests, or for the first that fails, and tell how far they are.
+
+        Raises:
+            EngineLost: the server does not answer, or generates nothing.
+        """
+        num_done, tokens, moved_at, unanswered = 0, -1.0, time.monotonic(), 0
+        while True:
+            done, running = wait(futures, _LOOK_SECONDS, return_when=FIRST_EXCEPTION)
+            now = time.monotonic()
+            if len(done) > num_done:
+                on_progress(len(done) - num_done)
+                num_done, moved_at = len(done), now
+            if not running or any(future.exception() for future in done):
+                return
+            try:
+                generated, unanswered = self._generated_tokens(), 0
+            except EngineLost:
+                unanswered += 1
+                if unanswered == _UNANSWERED:
+                    raise
+                continue
+            if generated != tokens:
+                on_progress(0)
+                tokens, moved_at = generated, now
+            elif now - moved_at > self._stall_seconds:
+                self._is_stalled = True  # its front may still answer
+                address = self.server.address
+                raise EngineLost(
+                    f"engine at {address.host} port {address.port}: no token in {now - moved_at:.0f} s, "
+                    f"with {len(running)} requests unfinished"
+                )
+
+    def _generated_tokens(self) -> float:
+        """Tokens that the server has generated since it was started, by its own count."""
+        text = self.server.address.get_text("/metrics", timeout_seconds=_LOOK_SECONDS)
+        return sum(float(count) for count in _GENERATED.findall(text))
 
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         params: dict[str, Any] = {
@@ -197,7 +252,7 @@ class RemoteEngine:
         }
         body = {"token_ids": list(prompt.token_ids), "sampling_params": params}
         version_before = self.weight_version
-        answer = self.server.address.post("/inference/v1/generate", body, timeout_seconds=self._generate_timeout)
+        answer = self.server.address.post("/inference/v1/generate", body, timeout_seconds=self._request_seconds)
         (choice,) = answer["choices"]
         if choice["finish_reason"] not in ("stop", "length"):
             raise EngineLost(f"prompt {prompt.prompt_id}: the engine ended a completion: {choice['finish_reason']!r}")
@@ -218,7 +273,7 @@ class RemoteEngine:
         for sequence in sequences:
             params = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
             body = {"token_ids": list(sequence), "sampling_params": params}
-            answer = self.server.address.post("/inference/v1/generate", body, timeout_seconds=self._generate_timeout)
+            answer = self.server.address.post("/inference/v1/generate", body, timeout_seconds=self._request_seconds)
             entries = answer["prompt_logprobs"][1:]
             out.append([entry[str(token)]["logprob"] for entry, token in zip(entries, sequence[1:], strict=True)])
         return out

@@ -17,16 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_rl.rollout.address import LOOPBACK, Address, EngineLost, free_port_of
 from megatron_rl.rollout.server_guard import PARENT_VARIABLE, TOKEN_VARIABLE, remove, segments_of
-
-START_SECONDS = 600.0
-"""Limit of a server's start."""
 
 _MIDDLEWARE = "megatron_rl.rollout.server_guard.RequireToken"
 _WORKER_EXTENSION = "megatron_rl.rollout.worker_extension.WeightDoors"
@@ -49,6 +46,7 @@ class EngineServer:
         log: Path,
         host: str = LOOPBACK,
         devices: Sequence[str] | None = None,
+        start_seconds: float = 600.0,
     ) -> None:
         """Start it; `ready` waits until it answers.
 
@@ -58,8 +56,9 @@ class EngineServer:
             log: file that its output is appended to.
             host: address of this machine to listen on.
             devices: GPUs that it sees; None: those that this process does.
+            start_seconds: limit of its start.
         """
-        self.log, self._host, self._devices = log, host, devices
+        self.log, self._host, self._devices, self.start_seconds = log, host, devices, start_seconds
         self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_path)]
         self._command += ["--uvicorn-log-level", "warning", "--middleware", _MIDDLEWARE]
         self._command += ["--worker-extension-cls", _WORKER_EXTENSION, *arguments]
@@ -87,13 +86,16 @@ class EngineServer:
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
             )
 
-    def ready(self) -> None:
+    def ready(self, on_progress: Callable[[], object] = lambda: None) -> None:
         """Wait until the server answers.
+
+        Args:
+            on_progress: called now and then while it starts.
 
         Raises:
             EngineLost: it ended, or took too long; the end of its log is in the message. Nothing of it is left.
         """
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self.start_seconds
         while True:
             try:
                 self.address.get("/health", timeout_seconds=5)
@@ -105,9 +107,10 @@ class EngineServer:
                     self.end()
                     end = self.log.read_text(errors="replace")[-2000:]
                     raise EngineLost(f"the engine did not start (exit code {code}): {end}") from None
+                on_progress()
                 time.sleep(_POLL_SECONDS)
 
-    def restart(self) -> None:
+    def restart(self, on_progress: Callable[[], object] = lambda: None) -> None:
         """End what is left of it and start it again, at another port, with another token.
 
         Raises:
@@ -115,7 +118,7 @@ class EngineServer:
         """
         self.end()
         self._start()
-        self.ready()
+        self.ready(on_progress)
 
     def end(self) -> None:
         """End the server with all that it started, also if it is stopped, and remove the shared memory it leaves."""
@@ -144,7 +147,9 @@ _SEQUENCES = 1024
 class RewardServer:
     """The server, and this rank's hold on it."""
 
-    def __init__(self, model_path: str, arguments: Sequence[str], *, per_token: bool, log: Path) -> None:
+    def __init__(
+        self, model_path: str, arguments: Sequence[str], *, per_token: bool, log: Path, start_seconds: float = 600.0
+    ) -> None:
         """Start it and wait until it answers.
 
         Args:
@@ -152,12 +157,14 @@ class RewardServer:
             arguments: of vLLM's server: dtype, longest sequence.
             per_token: a score of every token, of a *ForTokenClassification; else one of the last.
             log: file for its output.
+            start_seconds: limit of its start.
 
         Raises:
             EngineLost: it did not start; the end of its log is in the message.
         """
         self._task = "token_classify" if per_token else "classify"
-        self.server = EngineServer(model_path, ["--runner", "pooling", "--convert", "classify", *arguments], log=log)
+        pooling = ["--runner", "pooling", "--convert", "classify"]
+        self.server = EngineServer(model_path, [*pooling, *arguments], log=log, start_seconds=start_seconds)
         self.server.ready()
 
     def scores(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -175,6 +175,12 @@ class PhaseTimer:
         self._start = time.perf_counter()
         self.current = ("start", time.time())
         """(the innermost phase, or what lies between; since when, seconds since the epoch); read by other threads."""
+        self.progressed_at = time.time()
+        """When this rank, or one that it waits for, last made progress inside a phase; read by other threads."""
+
+    def progressed(self) -> None:
+        """Something of the present phase is done."""
+        self.progressed_at = time.time()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

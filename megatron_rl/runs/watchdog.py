@@ -1,9 +1,9 @@
 """A watchdog in every rank: nothing waits for ever, and what waits is named.
 
 A thread of each rank looks every few seconds where the main thread is, and writes it to `logs/ranks/rank_N.json`. When
-a phase, or one wait in a collective, is over its limit, the rank that notices raises the alarm by making the folder
-`logs/hang`. Every rank that still can then writes the stacks of all its threads there; the one that raised it puts
-together who waits for whom, and all leave, with one line.
+a phase, or one wait for other ranks, has gone on for its limit without any progress, the rank that notices raises the
+alarm by making the folder `logs/hang`. Every rank that still can then writes the stacks of all its threads there; the
+one that raised it puts together who waits for whom, and all leave, with one line.
 
     logs/hang/   verdict.txt   rank_N.txt (stacks)
 
@@ -30,7 +30,11 @@ from megatron_rl.runs.diagnosis import RankState, read_states, verdict, write_st
 from megatron_rl.runs.directory import RunDirectory
 from megatron_rl.runs.progress import PhaseTimer
 
-_COLLECTIVE_FILES = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
+_WAITING_FILES = (
+    "torch/distributed/distributed_c10d.py",
+    "pipeline_parallel/p2p_communication.py",
+    "megatron_rl/parallel/meeting.py",
+)
 _OUR_FILES = f"{os.sep}megatron_rl{os.sep}"
 _BACKSTOP_SECONDS = 300.0
 """Beyond the longest limit, for faulthandler's clock."""
@@ -47,8 +51,8 @@ class Watchdog:
         Args:
             config: the user's.
             run: its logs folder exists.
-            timer: says which phase the main thread is in.
-            wait_limit_s: of one wait in a collective; less than the collective's own.
+            timer: says which phase the main thread is in, and when progress was last made in it.
+            wait_limit_s: of one wait for other ranks without progress; less than a collective's own limit.
         """
         self.config, self.run, self.timer = config, run, timer
         self.step = 0
@@ -108,12 +112,12 @@ class Watchdog:
 
     def _overdue(self) -> str | None:
         """Which limit is exceeded."""
-        state = self._state
+        state, progressed_at = self._state, self.timer.progressed_at
         minutes = self.config.phase_limits.get(state.phase, self.config.phase_minutes)
-        if state.time - state.phase_since > minutes * 60:
-            return f"phase {state.phase} is over its limit of {minutes:g} minutes"
-        if state.waits and state.time - state.place_since > self._wait_limit_s:
-            return f"a collective has been waited in for more than {self._wait_limit_s:.0f} s"
+        if state.time - max(state.phase_since, progressed_at) > minutes * 60:
+            return f"phase {state.phase} has made no progress for its limit of {minutes:g} minutes"
+        if state.waits and state.time - max(state.place_since, progressed_at) > self._wait_limit_s:
+            return f"other ranks have been waited for without progress for more than {self._wait_limit_s:.0f} s"
         return None
 
     def _alarm(self, reason: str | None) -> None:
@@ -163,7 +167,7 @@ def place_of(frame: FrameType | None) -> tuple[str, bool]:
     """
     innermost, collective, caller = frame, None, None
     while frame is not None:
-        if frame.f_code.co_filename.endswith(_COLLECTIVE_FILES):
+        if frame.f_code.co_filename.endswith(_WAITING_FILES):
             collective, caller = frame.f_code.co_name, None
         elif caller is None and _OUR_FILES in frame.f_code.co_filename:
             caller = frame

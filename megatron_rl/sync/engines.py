@@ -21,6 +21,7 @@ from megatron_rl.config.world import longest_sequence
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.device import HAS_CUDA
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.meeting import Meeting
 from megatron_rl.placement.layout import Layout
 from megatron_rl.placement.tasks import engine_devices
 from megatron_rl.rollout.address import LOOPBACK, address_towards
@@ -54,10 +55,18 @@ def build_engine(
     )
 
 
-def place_engine(config: Config, layout: Layout, groups: Groups) -> Engine:
-    """This rank's engine, its part of one, or its hold on one in other processes; collective over the world."""
+def place_engine(config: Config, layout: Layout, groups: Groups, meeting: Meeting) -> Engine:
+    """This rank's engine, its part of one, or its hold on one in other processes; collective over the world.
+
+    Args:
+        config: validated.
+        layout, groups: of the ranks.
+        meeting: where ranks wait for those whose engines have not started.
+    """
     if config.rollout.placement is EnginePlacement.disaggregated:
-        return _reach_engine(config, layout, groups)
+        engine = _reach_engine(config, layout, groups, meeting)
+        meeting.wait("start of the engines")
+        return engine
     return build_engine(
         config.rollout,
         model_path=config.model.hf_path,
@@ -99,6 +108,7 @@ def start_reward_server(config: Config) -> RewardServer:
         server_arguments(plain, dtype=dtype, seed=config.seed, max_model_len=_longest(config)),
         per_token=model.kind is RewardModelKind.process,
         log=_run(config).logs_dir / "reward_engine.log",
+        start_seconds=60 * config.rollout.start_minutes,
     )
     atexit.register(server.shutdown)
     return server
@@ -112,10 +122,11 @@ def _start_server(config: Config, number: int, *, host: str, first_slot: int) ->
         log=_run(config).logs_dir / f"engine_{number}.log",
         host=host,
         devices=engine_devices(_visible_devices(), first_slot, config.rollout.tensor_model_parallel_size),
+        start_seconds=60 * config.rollout.start_minutes,
     )
 
 
-def _reach_engine(config: Config, layout: Layout, groups: Groups) -> RemoteEngine | NoEngine:
+def _reach_engine(config: Config, layout: Layout, groups: Groups, meeting: Meeting) -> RemoteEngine | NoEngine:
     """The engine that this rank drives, if it does; collective over the world."""
     hosts, rank = os.environ.get(FOLDER_VARIABLE), groups.world.rank()
     place: list[str | None] = [_message_folder(config, is_shared=hosts is not None) if rank == 0 else None]
@@ -125,11 +136,12 @@ def _reach_engine(config: Config, layout: Layout, groups: Groups) -> RemoteEngin
         return NoEngine(messages)
     server: EngineServer | HostedServer
     if hosts is not None:
-        server = HostedServer(number, Path(hosts))
+        limit = 60 * config.rollout.start_minutes
+        server = HostedServer(number, Path(hosts), start_seconds=limit, on_progress=meeting.progressed)
     else:
         slot = layout.world_size + number * layout.engine_size
         server = _start_server(config, number, host=LOOPBACK, first_slot=slot)
-        server.ready()
+        server.ready(meeting.progressed)
         atexit.register(server.end)
     tokenizer = load_tokenizer(config.model.hf_path)
     return RemoteEngine(
@@ -138,6 +150,8 @@ def _reach_engine(config: Config, layout: Layout, groups: Groups) -> RemoteEngin
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
         max_model_len=_longest(config),
         update_mode=config.rollout.in_flight.name,
+        request_seconds=60 * config.rollout.request_minutes,
+        stall_seconds=0.5 * 60 * config.parallel.distributed_timeout_minutes,
     )
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_rl.config.schema import SyncConfig
 from megatron_rl.engine.policy import Policy
+from megatron_rl.parallel.meeting import Meeting
 from megatron_rl.rollout.address import EngineLost
 from megatron_rl.rollout.remote import NoEngine, RemoteEngine
 from megatron_rl.sync.transports import OpenTransport, way_of
@@ -42,6 +43,7 @@ class RemoteSync:
         *,
         engine: RemoteEngine | NoEngine,
         number: int | None,
+        meeting: Meeting,
     ) -> None:
         """Collective.
 
@@ -52,8 +54,9 @@ class RemoteSync:
             config: limits, verification, and the way that weights take.
             engine: that this rank drives, if it does; else it only sends.
             number: of that engine.
+            meeting: where ranks wait for those that start an engine again.
         """
-        self.policy, self.config, self.engine = policy, config, engine
+        self.policy, self.config, self.engine, self._meeting = policy, config, engine, meeting
         self._rank = policy.groups.world.rank()
         self._orders = Orders.of(plan, self._rank, {})
         self._exchange = Exchange(self._orders, max_changed=config.delta)
@@ -85,6 +88,7 @@ class RemoteSync:
                 return
             self._exchange.forget()
             self._revive()
+            self._meeting.wait("restart of the engines")
         raise TransferError(f"weights of version {version} did not reach the engines: {'; '.join(failures)}")
 
     def _of_all_ranks(self, mine: _T) -> list[_T]:
@@ -150,6 +154,6 @@ class RemoteSync:
     def _revive(self) -> None:
         if isinstance(self.engine, RemoteEngine) and not self.engine.answers():
             started = time.monotonic()
-            self.engine.restart()
+            self.engine.restart(self._meeting.progressed)
             self._doors = {}
             print(f"megatron-rl: an engine had died; started again in {time.monotonic() - started:.0f} s", flush=True)

@@ -19,6 +19,7 @@ from megatron_rl.data.samples import Prompt, TrainingSequence
 from megatron_rl.device import this_device
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_log_probs
+from megatron_rl.parallel.meeting import Meeting
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rollout.address import EngineLost
 from megatron_rl.rollout.engine import RolloutEngine
@@ -54,6 +55,7 @@ class WeightSync:
         *,
         quantization: QuantizedFormat | None,
         pad_to_multiple: int,
+        meeting: Meeting,
     ) -> None:
         """Plan the copies; collective.
 
@@ -65,6 +67,7 @@ class WeightSync:
             config: transport, buckets, verification, limits.
             quantization: the format that the engine rounds weights to, if it does.
             pad_to_multiple: rows are this long or a multiple of it.
+            meeting: where ranks wait for those that start an engine again.
         """
         self.policy, self.engine, self.config = policy, engine, config
         self._quantization, self._pad_to_multiple = quantization, pad_to_multiple
@@ -89,7 +92,7 @@ class WeightSync:
         plan = plan_sync(policy, trained, engines, bucket_bytes=self._bucket_bytes)
         if isinstance(engine, RemoteEngine | NoEngine):
             number = layout.engine(rank)
-            self._remote = RemoteSync(policy, plan, engines, self.config, engine=engine, number=number)
+            self._remote = RemoteSync(policy, plan, engines, self.config, engine=engine, number=number, meeting=meeting)
             return
         timeout = timedelta(seconds=self.config.timeout_seconds)
         self._transport = ProcessGroupTransport(policy.groups.world, timeout=timeout, device=this_device())

@@ -93,8 +93,9 @@ class Reinforcement:
         self.kl = KLPenalty(config.algorithm.kl, self.training.reference, self.training.state)
         self.learned_reward = LearnedReward(config, groups, tokenizer) if config.rewards.model.hf_path else None
         self.sampling = training_sampling(rollout.sampling)
-        engine = place_engine(config, layout, groups)
-        self.worker = RolloutWorker(engine, rewards, layout, groups, config=config.rewards)
+        meeting = self.training.meeting
+        engine = place_engine(config, layout, groups, meeting)
+        self.worker = RolloutWorker(engine, rewards, layout, groups, meeting, config=config.rewards)
         self._sync = WeightSync(
             self.training.policy,
             engine,
@@ -103,6 +104,7 @@ class Reinforcement:
             config.sync,
             quantization=rollout.quantization,
             pad_to_multiple=self.training.pad_to_multiple,
+            meeting=meeting,
         )
         offloads = rollout.offload_training
         self._memory = [TrainingMemory(m.optimizer) for m in self.training.models.values()] if offloads else []

@@ -25,6 +25,7 @@ from megatron_rl.algorithms.advantages import informative
 from megatron_rl.config.schema import RewardsConfig, SamplingConfig
 from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.meeting import Meeting
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.scoring import BoundReward, RewardError, score
@@ -70,9 +71,11 @@ class RolloutWorker:
         rewards: Sequence[BoundReward],
         layout: Layout,
         groups: Groups,
+        meeting: Meeting,
         *,
         config: RewardsConfig,
     ) -> None:
+        self._meeting = meeting
         self.engine, self.rewards = engine, rewards
         self._pool = build_pool(config)
         self._lost_value = config.lost_value
@@ -108,7 +111,7 @@ class RolloutWorker:
                             num_samples=num_samples,
                             sampling=sampling,
                             seeds=[seeds[i] for i in chosen],
-                            on_progress=bar.update,
+                            on_progress=lambda count: self._progressed(bar, count),
                         )
                 except EngineLost as error:
                     lost = str(error)
@@ -119,10 +122,15 @@ class RolloutWorker:
             self.bring_back()
         raise EngineLost(f"engines were lost {_LOSSES} times in one generation: {reason}")
 
+    def _progressed(self, bar: Progress, count: int) -> None:
+        bar.update(count)
+        self._meeting.progressed()
+
     def _loss_anywhere(self, lost: str | None) -> str | None:
         """Why an engine of any rank has been lost, the same answer on all ranks; None: none has."""
         if not isinstance(self.engine, RemoteEngine | NoEngine):  # inside the ranks: it is not lost alone
             return None
+        self._meeting.wait("generation")
         losses: list[str | None] = [None] * dist.get_world_size(self._world)
         dist.all_gather_object(losses, lost, group=self._world)
         reason = next((loss for loss in losses if loss is not None), None)
@@ -148,12 +156,14 @@ class RolloutWorker:
                         self.rewards,
                         pool=self._pool,
                         lost_value=self._lost_value,
+                        on_progress=self._meeting.progressed,
                     )
                 )
                 samples = [(index, [next(of_all) for _ in of_prompt]) for index, of_prompt in mine]
             except RewardError as error:
                 failure = error
         said = None if failure is None else str(failure)
+        self._meeting.wait("generation and scoring")
         gathered: list[Any] = [None] * dist.get_world_size(self._world)
         dist.all_gather_object(gathered, (said, samples), group=self._world)
         for message, _ in gathered:

@@ -1,5 +1,6 @@
 """What every recipe shares: the run's folder, policy, optimizer, metrics and checkpoints, and how a run resumes."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from megatron_rl.engine.scalar_model import build_critic
 from megatron_rl.engine.step import LossFunction
 from megatron_rl.objectives.minibatch import MiniBatch
 from megatron_rl.parallel.groups import Groups, reduce_metrics
+from megatron_rl.parallel.meeting import Meeting
 from megatron_rl.placement.sizes import mfu
 from megatron_rl.runs.directory import RunDirectory
 from megatron_rl.runs.interruption import Interruption, JobClock, job_end, tell_saved
@@ -70,6 +72,11 @@ class Training:
         self.state = RunState()
         self._updates = Updates(config, groups, self.state)
         self.timer = PhaseTimer()
+        self.meeting = Meeting.of_world(
+            f"run {next(_RUNS_OF_PROCESS)}",
+            limit_seconds=60 * config.parallel.distributed_timeout_minutes,
+            on_progress=self.timer.progressed,
+        )
         self._lock = open_folder(self.run) if records else None
         self.watchdog = self._start_watchdog() if records else None
         num_steps = config.train.num_steps * num_updates_per_step
@@ -281,5 +288,8 @@ class Training:
         if self._lock is not None:
             self._lock.close()
 
+
+_RUNS_OF_PROCESS = itertools.count()
+"""A world may train several runs, one after another, on all its ranks."""
 
 _SHOWN = ("reward/mean", "sft/loss", "response/length_mean", "policy/entropy", "optim/grad_norm")

@@ -5,6 +5,7 @@ then computes is compared with transformers, on the same checkpoint.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.config.schema import Dtype, ModelConfig, ParallelConfig, SyncConfig, SyncTransport, SyncVerify
 from megatron_rl.data.samples import Prompt
+from megatron_rl.parallel.meeting import Meeting
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rollout.address import Address
 from megatron_rl.rollout.engine import RolloutEngine
@@ -58,6 +60,7 @@ def make_prompts() -> list[Prompt]:
 
 
 # Small enough that the embedding, too, travels in several buckets.
+_SYNCS = itertools.count()
 _SYNC = SyncConfig(verify=SyncVerify.full, verify_tolerance=1e-4, bucket_megabytes=0.05, timeout_seconds=60)
 
 
@@ -143,8 +146,16 @@ def _weight_sync(policy: Any, engine: Any, placed: Layout, config: SyncConfig) -
     from megatron_rl.sync.weight_sync import WeightSync
 
     pad_to_multiple = policy.groups.tp.size()
+    meeting = Meeting.of_world(f"sync {next(_SYNCS)}", limit_seconds=60.0)
     return WeightSync(
-        policy, engine, placed, make_prompts(), config, quantization=None, pad_to_multiple=pad_to_multiple
+        policy,
+        engine,
+        placed,
+        make_prompts(),
+        config,
+        quantization=None,
+        pad_to_multiple=pad_to_multiple,
+        meeting=meeting,
     )
 
 

@@ -5,6 +5,7 @@ One server serves all checks, because starting one takes most of the time. Rank 
 
 import http.client
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ def in_rank(rank: int, folders: list[Path], shared: Path, transport: SyncTranspo
     import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
     from megatron_rl.engine.initialize import initialize
     from megatron_rl.engine.policy import Policy
+    from megatron_rl.parallel.meeting import Meeting
     from megatron_rl.rollout.remote import NoEngine, RemoteEngine
     from megatron_rl.rollout.server import EngineServer
     from megatron_rl.sync.remote_sync import RemoteSync
@@ -54,7 +56,8 @@ def in_rank(rank: int, folders: list[Path], shared: Path, transport: SyncTranspo
         server.ready()
         engine = RemoteEngine(server, folder=shared, decode=str, max_model_len=64)
     config = SyncConfig(verify=SyncVerify.full, timeout_seconds=20, transport=transport, delta=0.3)
-    sync = RemoteSync(policy, plan, engines, config, engine=engine or NoEngine(shared), number=0)
+    meeting = Meeting.of_world("test", limit_seconds=120.0)
+    sync = RemoteSync(policy, plan, engines, config, engine=engine or NoEngine(shared), number=0, meeting=meeting)
     out: dict[str, Any] = {"states": []}
 
     def synced(folder: Path, version: int) -> None:
@@ -72,6 +75,9 @@ def in_rank(rank: int, folders: list[Path], shared: Path, transport: SyncTranspo
         synced(folders[2], 2)
         if engine is not None:
             out["refusals"] = [refusal(engine, path) for path in ("/health", "/is_paused", "/inference/v1/generate")]
+        if engine is not None:
+            out["progress"] = progress_of(engine)
+            out["frozen"] = frozen_while_it_generates(engine)
         in_the_middle(engine, 2, lambda _: os.killpg(engine.server.process.pid, signal.SIGKILL))
         synced(folders[1], 3)
         in_the_middle(engine, 2, lambda _: os.killpg(engine.server.process.pid, signal.SIGSTOP))
@@ -85,6 +91,41 @@ def in_rank(rank: int, folders: list[Path], shared: Path, transport: SyncTranspo
         if engine is not None:
             engine.shutdown()
     return out
+
+
+def progress_of(engine: Any) -> list[int]:
+    """What a generation tells on its way, looked at often."""
+    from megatron_rl.rollout import remote
+
+    told: list[int] = []
+    before, remote._LOOK_SECONDS = remote._LOOK_SECONDS, 0.02
+    sampling = Sampling(temperature=1.0, max_response_tokens=40)
+    engine.generate(make_prompts(), num_samples=4, sampling=sampling, seeds=[0, 0], on_progress=told.append)
+    remote._LOOK_SECONDS = before
+    return told
+
+
+def frozen_while_it_generates(engine: Any) -> tuple[str, str]:
+    """Stop the whole server, then its core alone, and let each go on when that has been noticed; what was said."""
+    from megatron_rl.rollout import remote
+    from megatron_rl.rollout.address import EngineLost
+
+    process = psutil.Process(engine.server.process.pid)
+    core = next(child for child in process.children(recursive=True) if "EngineCore" in child.name())
+    sampling = Sampling(temperature=1.0, max_response_tokens=40)
+    before, remote._LOOK_SECONDS = (remote._LOOK_SECONDS, engine._stall_seconds), 0.5
+    engine._stall_seconds = 2.0
+    said = []
+    for frozen in (process, core):
+        frozen.suspend()
+        with pytest.raises(EngineLost) as lost:
+            engine.generate(make_prompts(), num_samples=1, sampling=sampling, seeds=[0, 0])
+        frozen.resume()
+        said.append(str(lost.value))
+    assert not engine.answers()  # until it is started again, which its keeper would do now
+    engine._is_stalled = False
+    remote._LOOK_SECONDS, engine._stall_seconds = before
+    return said[0], said[1]
 
 
 def refusal(engine: Any, path: str) -> int:
@@ -138,6 +179,11 @@ def check(tmp_path: Path, transport: SyncTransport) -> list[int]:
     finally:
         shutil.rmtree(shared)
     assert driver["refusals"] == [401, 401, 401]
+    assert sum(driver["progress"]) == 8
+    assert driver["progress"].count(0) >= 2  # tokens of completions that were not finished
+    server, core = driver["frozen"]
+    assert "GET /metrics: no answer within 0.5 s" in server
+    assert re.search(r"no token in \d s, with 2 requests unfinished$", core)
     # A hundredth of the elements, each with a position as long as itself; and the proofs of many small messages.
     assert driver["share_sent"] < 0.1
     for folder, version, completions, log_probs in driver["states"]:

@@ -91,6 +91,11 @@ class RolloutConfig:
     record_routes: bool = False
     """Record the experts that the engine chose for each token, and send it there again in every pass over the policy.
     Needs model.moe_routing_replay, colocated engines with enforce_eager, and does without the cache of prefixes."""
+    start_minutes: float = 10.0
+    """Limit of the start of an engine with processes of its own."""
+    request_minutes: float = 60.0
+    """Limit of one request to such an engine. One that generates nothing is lost after half of
+    parallel.distributed_timeout_minutes, one that does not answer after half a minute."""
     max_mismatch: float | None = None
     """Stop the run when a step's mismatch/log_prob_abs_diff_mean, nats, is above this. null: never."""
     engine_args: dict[str, Any] = field(default_factory=dict)
@@ -112,7 +117,7 @@ class SyncConfig:
     delta: float = 0.0
     """Disaggregated engines are sent only the elements that have changed where these are at most this share of a
     message, which takes both sides memory for a copy of what is sent; 0: always all elements, and no copy."""
-    timeout_seconds: float = 300.0
+    timeout_seconds: float = 240.0
     """Limit of any wait for a peer's weights."""
     verify: SyncVerify = SyncVerify.off
     """After each sync compare the engine's log-probs on probe prompts with the policy's, and on the way checksums of

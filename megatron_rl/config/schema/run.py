@@ -123,12 +123,12 @@ class GuardConfig:
 
 @dataclass
 class WatchdogConfig:
-    """Limits of what may be waited for; a collective's own is parallel.distributed_timeout_minutes."""
+    """Limits of time without progress; a collective's own is parallel.distributed_timeout_minutes."""
 
     enabled: bool = True
     """Watch every rank; false leaves only the collectives' own limit."""
     phase_minutes: float = 60.0
-    """Limit of any phase of a step; the run ends with the stacks of all ranks in logs/hang."""
+    """Longest that a phase of a step may go without progress; then the run ends with all ranks' stacks in logs/hang."""
     phase_limits: dict[str, float] = field(default_factory=dict)
     """Limits of single phases, minutes: start, generate, score, log_probs, train, sync_weights, evaluate, save, ..."""
     heartbeat_seconds: float = 5.0

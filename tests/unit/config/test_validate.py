@@ -72,6 +72,14 @@ def test_what_is_sound_passes(empty: Path, keys: Sequence[str], world_size: int 
     [
         (["name=a/b"], "name: given 'a/b', allowed: letters, digits, '.', '_' and '-', the first a letter or digit"),
         (["name=.."], "name: given '..', allowed: letters"),
+        (
+            [*RL, "rollout.placement=disaggregated", "sync.timeout_seconds=300"],
+            "sync.timeout_seconds: given 300.0, allowed: at most 270 s with parallel.distributed_timeout_minutes=10",
+        ),
+        (
+            [*RL, "rollout.placement=disaggregated", "watchdog.phase_limits.sync_weights=5"],
+            "watchdog.phase_limits.sync_weights: given 5.0, allowed: at least 9, twice sync.timeout_seconds and a minute",
+        ),
         ([*RL, "sync.delta=0.1"], "sync.delta: given 0.1, allowed: 0 without rollout.placement=disaggregated"),
         (
             [*RL, "rollout.placement=disaggregated", "sync.delta=0.1", "sync.transport=process_group"],

@@ -79,7 +79,14 @@ def sync_in_rank(rank: int, checkpoint: Path) -> dict[str, Any]:
         config = SyncConfig(verify=verify, verify_tolerance=TOLERANCE, bucket_megabytes=0.1)
         engine = Engine(answers)
         weight_sync = WeightSync(
-            policy, cast(Any, engine), Layout(1, 1, 1), PROMPTS, config, quantization=None, pad_to_multiple=1
+            policy,
+            cast(Any, engine),
+            Layout(1, 1, 1),
+            PROMPTS,
+            config,
+            quantization=None,
+            pad_to_multiple=1,
+            meeting=cast(Any, None),  # only engines apart are waited for
         )
         try:
             metrics = weight_sync(version=3)
