@@ -20,7 +20,7 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.schema import Config
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.datasets import DataOrder
-from megatron_rl.data.packing import PackedRow
+from megatron_rl.data.packing import MicroBatch
 from megatron_rl.data.preferences import Judged, Judgement, load_judgements
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.scalar_model import ScalarModel
@@ -45,7 +45,7 @@ class JudgementRecipe:
     lay_out: Callable[[Judged], TrainingSequence]
     """For the model that is trained."""
     objective: Callable[[Sequence[Judgement], MiniBatch], LossFunction]
-    """Prepares the rows of an optimizer step and gives their loss; collective."""
+    """Prepares the micro-batches of an optimizer step and gives their loss; collective."""
 
 
 def load(config: Config, *, of_pairs: bool) -> tuple[list[Judgement], list[Judgement]]:
@@ -113,13 +113,13 @@ def _evaluate(training: Training, held_out: Sequence[Judgement], recipe: Judgeme
     metrics: dict[str, Metric] = {}
     is_scalar = isinstance(training.policy, ScalarModel)
     outputs = (
-        [(values,) for values in forward_values(training.policy, batch.rows)]
+        [(values,) for values in forward_values(training.policy, batch.micro_batches)]
         if is_scalar
-        else forward_log_probs(training.policy, batch.rows)
+        else forward_log_probs(training.policy, batch.micro_batches)
     )
-    for row, of_row in zip(batch.rows, outputs, strict=True):
-        _, of_rows = objective(*of_row, row)
-        metrics = combine(metrics, of_rows)
+    for micro_batch, of_micro_batch in zip(batch.micro_batches, outputs, strict=True):
+        _, of_micro_batches = objective(*of_micro_batch, micro_batch)
+        metrics = combine(metrics, of_micro_batches)
     found = training.reduce(metrics if training.groups.reports else {})
     names = {"preference/loss": "loss", "preference/accuracy": "pair_accuracy", "preference/margin": "margin"}
     names |= {"process_reward/accuracy": "step_accuracy", "preference/abs_error": "abs_error"}
@@ -134,7 +134,7 @@ def train_preference(config: Config, groups: Groups) -> None:
     training = Training(config, groups, num_updates_per_step=1, with_reference=needs_reference(loss))
 
     def objective(chosen: Sequence[Judgement], batch: MiniBatch) -> LossFunction:
-        add_reference(training, batch.rows)
+        add_reference(training, batch.micro_batches)
         firsts = [judgement[0] for judgement in chosen]
         return PreferenceObjective(
             config.algorithm.preference,
@@ -147,14 +147,14 @@ def train_preference(config: Config, groups: Groups) -> None:
     train_on(training, judgements, held_out, JudgementRecipe(Judged.to_predict, objective))
 
 
-def add_reference(training: Training, rows: Sequence[PackedRow]) -> None:
-    """Give the rows `ref_log_probs`, if the run has a reference."""
+def add_reference(training: Training, micro_batches: Sequence[MicroBatch]) -> None:
+    """Give the micro-batches `ref_log_probs`, if the run has a reference."""
     if training.reference is None:
         return
     with training.reference.swapped_in() as reference:
-        outputs = forward_log_probs(reference, rows)
-    for row, (log_probs, _) in zip(rows, outputs, strict=True):
-        row.per_token["ref_log_probs"] = log_probs
+        outputs = forward_log_probs(reference, micro_batches)
+    for micro_batch, (log_probs, _) in zip(micro_batches, outputs, strict=True):
+        micro_batch.per_token["ref_log_probs"] = log_probs
 
 
 def mismatched_kl(training: Training, batch: Sequence[Judged]) -> float:
@@ -164,12 +164,16 @@ def mismatched_kl(training: Training, batch: Sequence[Judged]) -> float:
     """
     shifted = [replace(judged, completion_ids=batch[i - 1].completion_ids) for i, judged in enumerate(batch)]
     sequences = [judged.to_predict() for judged in shifted]
-    rows = training.minibatch(sequences, range(len(sequences))).rows
-    add_reference(training, rows)
+    micro_batches = training.minibatch(sequences, range(len(sequences))).micro_batches
+    add_reference(training, micro_batches)
     total, count = 0.0, 0
-    for row, (log_probs, _) in zip(rows, forward_log_probs(training.policy, rows), strict=True):
-        ratios = sequence_sums(log_probs - row.per_token["ref_log_probs"], row.loss_mask, row.cu_seqlens)
-        total, count = total + float(ratios.sum()), count + len(row.sequence_ids)
+    for micro_batch, (log_probs, _) in zip(
+        micro_batches, forward_log_probs(training.policy, micro_batches), strict=True
+    ):
+        ratios = sequence_sums(
+            log_probs - micro_batch.per_token["ref_log_probs"], micro_batch.loss_mask, micro_batch.cu_seqlens
+        )
+        total, count = total + float(ratios.sum()), count + len(micro_batch.sequence_ids)
     return kto_reference_kl(*reduce_counts([total, count], training.groups.dp))
 
 

@@ -142,7 +142,7 @@ def update_of_every_objective(
 
 def _of_distributions(policy: Policy, teacher: Policy, tokens: int) -> Iterator[tuple[str, dict[str, float]]]:
     batch = _batch(policy, recorded_rollouts(), tokens)
-    reference = reference_logits(Teacher(teacher), policy, batch.rows)
+    reference = reference_logits(Teacher(teacher), policy, batch.micro_batches)
     for direction in Divergence:
         kl = KLConfig(coefficient=KL_COEFFICIENT, estimator=KLEstimator.exact, direction=direction, mixture=0.3)
         settings = SupervisedConfig(loss="label_smoothed", args={"smoothing": SMOOTHING})
@@ -176,14 +176,14 @@ def _of_estimators(policy: Policy, tokens: int) -> Iterator[tuple[str, dict[str,
     """Advantage of every completion, and its mean return, under every estimator, whitened over the global batch."""
     samples = recorded_samples()
     for name, whiten in itertools.product(ESTIMATORS, Whitening):
-        rows = _batch(policy, [training_sequence(sample) for sample in samples], tokens).rows
-        for row in rows:
-            row.per_token["values"] = (row.tokens % 7) / 7 + 0.1 * row.position_ids
+        micro_batches = _batch(policy, [training_sequence(sample) for sample in samples], tokens).micro_batches
+        for micro_batch in micro_batches:
+            micro_batch.per_token["values"] = (micro_batch.tokens % 7) / 7 + 0.1 * micro_batch.position_ids
         config = AdvantageConfig(estimator=name, gamma=0.9, lam=0.8, whiten=whiten)
         dp, baseline = policy.groups.dp, RunningBaseline(0.3, 1)
         estimator = resolve_estimator(config)
-        found = add_advantages(samples, rows, config=config, estimator=estimator, baseline=baseline, dp=dp)
-        returns = gathered_means(rows, "returns", len(samples), dp)
+        found = add_advantages(samples, micro_batches, config=config, estimator=estimator, baseline=baseline, dp=dp)
+        returns = gathered_means(micro_batches, "returns", len(samples), dp)
         both = {"advantage": found.tolist(), "return": returns.tolist()}
         yield (
             f"{name}_{whiten.value}",
@@ -286,5 +286,5 @@ def _update(model: Policy, batch: MiniBatch, objective: LossFunction, extras: Se
     # lr 0: the next objective finds the same weights.
     optimizer = Optimizer(OptimizerConfig(lr=0.0), model, num_steps=1)
     optimizer.zero_grad()
-    metrics = forward_backward(model, batch.rows, objective, extras=extras)
+    metrics = forward_backward(model, batch.micro_batches, objective, extras=extras)
     return reduce_metrics(metrics, model.groups.world) | {"grad_norm": optimizer.step().grad_norm}
