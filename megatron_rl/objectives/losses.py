@@ -10,7 +10,7 @@ division:
 
 Beside each loss stand the metrics that describe the same tokens; a loss of one's own gets those of the ratio.
 
-Losses on judged completions by name, and the user's own.
+Losses on preference data by name, and the user's own.
 
 A loss is a function of what it names, over the pairs or the single completions of one micro-batch, and returns one loss
 for each. What it names decides what data it is given:

@@ -1,7 +1,7 @@
-"""Objectives on judged completions: what turns the outputs of a micro-batch into one loss per pair or completion.
+"""Objectives on preference data: what turns the outputs of a micro-batch into one loss per pair or completion.
 
 In a micro-batch of pairs a chosen completion stands before its rejected one, so sequences 0, 2, 4, ... of the
-micro-batch are chosen. Losses are divided by the pairs (or completions, or judged steps) of the global batch.
+micro-batch are chosen. Losses are divided by the pairs (or completions, or labelled steps) of the global batch.
 """
 
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ class RewardObjective:
     loss: Bound
     """Of `losses.resolve_preference_loss`."""
     counts: GlobalCounts
-    """Of the optimizer step's global batch; its tokens are the judged ones."""
+    """Of the optimizer step's global batch; its tokens are the labelled ones."""
 
     def __call__(self, values: Tensor, micro_batch: MicroBatch) -> Loss:
         """See engine.step.LossFunction. The loss mask is 1 where a score is read."""

@@ -29,7 +29,7 @@ from megatron_rl.config.schema import (
     Whitening,
 )
 from megatron_rl.data.datasets import training_sequence
-from megatron_rl.data.preferences import Judged
+from megatron_rl.data.preferences import LabelledCompletion
 from megatron_rl.data.samples import Completion, Prompt, Sample, TrainingSequence
 from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
@@ -92,7 +92,7 @@ PREFERENCES = {
 REWARDS = {name: PreferenceConfig(loss=name) for name in ("bradley_terry", "regression", "process")}
 
 
-def recorded_judgements(num_pairs: int = 7) -> list[list[Judged]]:
+def recorded_preferences(num_pairs: int = 7) -> list[list[LabelledCompletion]]:
     """Pairs of uneven length; of each completion the first and the fourth token end a step, if it has them."""
     rng = np.random.default_rng(11)
     pairs = []
@@ -102,7 +102,7 @@ def recorded_judgements(num_pairs: int = 7) -> list[list[Judged]]:
         for label in (1.0, 0.0):
             completion = tuple(rng.integers(3, 259, size=int(rng.integers(1, 12))).tolist())
             ends = tuple(i for i in (0, 3) if i < len(completion))
-            pair.append(Judged(prompt, completion, label, ends, tuple(float(i == 0) for i in ends)))
+            pair.append(LabelledCompletion(prompt, completion, label, ends, tuple(float(i == 0) for i in ends)))
         pairs.append(pair)
     return pairs
 
@@ -243,12 +243,12 @@ def _of_policy(policy: Policy, tokens: int) -> Iterator[tuple[str, dict[str, flo
                 ),
             ),
         )
-    judged = [one for pair in recorded_judgements() for one in pair]
-    sequences = [one.to_predict() for one in judged]
+    completions = [one for pair in recorded_preferences() for one in pair]
+    sequences = [one.for_policy() for one in completions]
     for i, sequence in enumerate(sequences):
         sequence.per_token["ref_log_probs"] = (sequence.loss_mask * (-5.6 + 0.1 * i)).astype(np.float32)
     batch = _batch(policy, sequences, tokens, together=2)
-    num_chosen = float(sum(len(one.completion_ids) for one in judged[0::2]))
+    num_chosen = float(sum(len(one.completion_ids) for one in completions[0::2]))
     for name, preference in PREFERENCES.items():
         loss = resolve_preference_loss(preference, POLICY_LOSSES)
         yield name, _update(policy, batch, PreferenceObjective(preference, loss, batch.counts, num_chosen, 0.3))
@@ -262,10 +262,10 @@ def _of_scalar_model(model: ScalarModel, tokens: int) -> Iterator[tuple[str, dic
     batch = _batch(model, rollouts, tokens)
     critic = AlgorithmConfig(critic=CriticConfig(clip=0.5))
     yield "value", _update(model, batch, ValueObjective(critic, batch.counts, NORM))
-    judged = [one for pair in recorded_judgements() for one in pair]
+    completions = [one for pair in recorded_preferences() for one in pair]
     for name, settings in REWARDS.items():
-        whole = [Judged(one.prompt_ids, one.completion_ids, one.label) for one in judged]
-        sequences = [one.to_read() for one in (judged if name == "process" else whole)]
+        whole = [LabelledCompletion(one.prompt_ids, one.completion_ids, one.label) for one in completions]
+        sequences = [one.for_reward_model() for one in (completions if name == "process" else whole)]
         batch = _batch(model, sequences, tokens, together=2)
         loss = resolve_preference_loss(settings, REWARD_LOSSES)
         yield name, _update(model, batch, RewardObjective(loss, batch.counts))

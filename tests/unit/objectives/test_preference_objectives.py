@@ -1,4 +1,4 @@
-"""Objectives on judged completions, on one micro-batch of literal numbers: whose tokens are whose, and what divides
+"""Objectives on preference data, on one micro-batch of literal numbers: whose tokens are whose, and what divides
 what."""
 
 import math
@@ -10,7 +10,7 @@ from megatron_rl.algorithms.aggregation import GlobalCounts
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.schema import PreferenceConfig
 from megatron_rl.data.packing import MicroBatch, pack
-from megatron_rl.data.preferences import Judged
+from megatron_rl.data.preferences import LabelledCompletion
 from megatron_rl.objectives.losses import (
     POLICY_LOSSES,
     REWARD_LOSSES,
@@ -20,14 +20,14 @@ from megatron_rl.objectives.losses import (
 )
 from megatron_rl.objectives.preference_objectives import PreferenceObjective, RewardObjective
 
-CHOSEN, REJECTED = Judged((7, 8), (9, 2), label=0.5), Judged((7, 8), (5, 6, 2))
-OTHER = Judged((7,), (4, 2), label=1.0)
+CHOSEN, REJECTED = LabelledCompletion((7, 8), (9, 2), label=0.5), LabelledCompletion((7, 8), (5, 6, 2))
+OTHER = LabelledCompletion((7,), (4, 2), label=1.0)
 NAN = math.nan
 
 
-def policy_micro_batch(*judged: Judged, **per_token: list[float]) -> MicroBatch:
+def policy_micro_batch(*completions: LabelledCompletion, **per_token: list[float]) -> MicroBatch:
     """Positions: 3 of the chosen, 4 of the rejected, 1 of padding."""
-    micro_batch = pack([one.to_predict() for one in judged], range(len(judged)), pad_to_multiple=8)
+    micro_batch = pack([one.for_policy() for one in completions], range(len(completions)), pad_to_multiple=8)
     micro_batch.per_token.update({name: torch.tensor(values) for name, values in per_token.items()})
     return micro_batch
 
@@ -98,7 +98,7 @@ def test_the_sft_term_is_of_the_chosen_tokens_alone() -> None:
 
 def test_kto_tells_good_from_bad() -> None:
     settings = PreferenceConfig(loss="kto", beta=1.0)
-    good, bad = Judged((7, 8), (9, 2), label=1.0), Judged((7, 8), (5, 6, 2), label=0.0)
+    good, bad = LabelledCompletion((7, 8), (9, 2), label=1.0), LabelledCompletion((7, 8), (5, 6, 2), label=0.0)
     objective = preference(settings, num_sequences=2.0)
     loss, _, metrics = gradients(objective, policy_micro_batch(good, bad, ref_log_probs=REFERENCE))
     # Log-ratios 1 and -0.5, z = 0: 1 - sigmoid(1) and 1 - sigmoid(0.5), over two completions.
@@ -107,8 +107,8 @@ def test_kto_tells_good_from_bad() -> None:
     assert metrics["preference/rejected_reward"] == pytest.approx(-0.5)
 
 
-def reward_micro_batch(*judged: Judged) -> MicroBatch:
-    return pack([one.to_read() for one in judged], range(len(judged)), pad_to_multiple=10)
+def reward_micro_batch(*completions: LabelledCompletion) -> MicroBatch:
+    return pack([one.for_reward_model() for one in completions], range(len(completions)), pad_to_multiple=10)
 
 
 def test_a_reward_model_is_read_at_the_last_tokens() -> None:
@@ -131,7 +131,7 @@ def test_regression_and_process_rewards() -> None:
     loss, _ = RewardObjective(regression, GlobalCounts(4.0, 4.0))(values, reward_micro_batch(OTHER))
     assert float(loss.detach()) == (3 - 1) ** 2 / 2 / 4
     process = resolve_preference_loss(PreferenceConfig(loss="process"), REWARD_LOSSES)
-    steps = Judged((7,), (4, 5, 2), step_ends=(0, 1), step_labels=(1.0, 0.0))
+    steps = LabelledCompletion((7,), (4, 5, 2), step_ends=(0, 1), step_labels=(1.0, 0.0))
     values = torch.tensor([NAN, 0.0, 1.0, *[NAN] * 7], requires_grad=True)
     loss, metrics = RewardObjective(process, GlobalCounts(4.0, 2.0))(values, reward_micro_batch(steps))
     assert float(loss.detach()) == pytest.approx((math.log(2) + math.log1p(math.e)) / 4, rel=1e-6)
@@ -140,7 +140,7 @@ def test_regression_and_process_rewards() -> None:
 
 def test_a_micro_batch_without_sequences_has_loss_0_and_a_gradient() -> None:
     """A rank without work takes part in the backward pass all the same."""
-    micro_batch = pack([CHOSEN.to_predict()], [], pad_to_multiple=8)
+    micro_batch = pack([CHOSEN.for_policy()], [], pad_to_multiple=8)
     micro_batch.per_token["ref_log_probs"] = torch.zeros(8)
     loss, gradient, _ = gradients(preference(PreferenceConfig(loss="dpo"), 2.0), micro_batch)
     assert (loss, gradient) == (0.0, [0.0] * 8)
