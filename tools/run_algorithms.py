@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from megatron_rl.runs.directory import RunDirectory
-from megatron_rl.runs.metrics_log import read_metrics
+from megatron_rl.runs.logs import read_metrics
 
 RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
 PREFIX = "quickstart_"

@@ -1,10 +1,8 @@
 """`megatron-rl doctor`: what is installed, what it unlocks, what fails without the rest, and what a run takes.
 
-`megatron-rl doctor --interfaces`: whether the installed releases have what this package calls, see `interfaces`.
-
-`megatron-rl doctor RUN_DIR`: what happened to a run that is dead or hangs.
-
-Versions come from the packages' metadata; only torch is imported, to see the devices.
+doctor                what this machine has. Versions come from the packages' metadata; only torch is imported
+doctor --interfaces   whether the installed releases have what this package calls; see `interfaces`
+doctor RUN_DIR        what happened to a run that is dead or hangs; see `runs.diagnosis`
 """
 
 import argparse

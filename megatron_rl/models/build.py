@@ -3,10 +3,9 @@
 The one place that constructs models, because that is what changes most between releases of core: arguments are given
 by keyword and filtered by what the installed release knows.
 
-Rotary frequencies of a Hugging Face config.
-
-Megatron's rotary embedding takes a base and has one scaling built in with fixed constants. Here the frequencies
-follow the checkpoint's own parameters, and `build` puts them into the model. YaRN is core's own, given its parameters.
+Rotary frequencies are put into the model after it is built: Megatron's rotary embedding takes a base and has one
+scaling built in with fixed constants, and a checkpoint has parameters of its own. YaRN is core's own, given its
+parameters.
 """
 
 import dataclasses

@@ -1,10 +1,8 @@
 """What happened to a run, from its folder alone: for one that is dead or hangs, on any machine, without torch.
 
-Who waits for whom: what each rank said last, put together.
-
 Every rank writes where it is into `logs/ranks/rank_N.json` (see `watchdog`). From these alone follows which ranks are
-silent, which wait, and for whom; a run that hangs says it itself, and `megatron-rl doctor` says it of a run that is
-dead. Nothing here imports torch.
+silent, which wait, and for whom: the hang report. A run that hangs writes it itself, and `megatron-rl doctor` gives it
+for a run that is dead (`diagnosis`).
 """
 
 import json
@@ -17,7 +15,7 @@ from pathlib import Path
 
 from megatron_rl.config.load import load_config
 from megatron_rl.runs.directory import RunDirectory, write_atomically
-from megatron_rl.runs.metrics_log import read_metrics
+from megatron_rl.runs.logs import read_metrics
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
-"""Guards: what is done when a number of an update is not what it should be.
+"""Guards: what is done when a metric of an update is out of bounds; and the convergence monitor of a run.
 
 A guard watches one metric of the policy's updates, before the update is made: the loss, the gradient norm, a KL, the
 mismatch between engine and trainer. Over its limit (`above`), or far from its own recent past (`above_deviations`), the
 update is skipped, the run stops, or it goes back to its last checkpoint and on with the data that follow. A number that
 is not finite is over every limit.
 
-What the past was is part of the run's state, so a resumed run judges as an uninterrupted one would.
-
-The convergence monitor of a run, in metrics; its window outlives a restart.
+The past of a guard, and the window of the convergence monitor, are part of the run's state, so a resumed run decides as
+an uninterrupted one would.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The verbs of the loop: what each does to the samples of a step. How it is done is said where each verb points to."""
+"""The verbs of the loop: generate, score, log_probs, advantages, train, sync_weights, report, evaluate."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,8 +25,8 @@ from megatron_rl.objectives.penalties import KLPenalty, punish_length
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rewards.scoring import resolve_rewards
+from megatron_rl.runs.logs import write_rollouts
 from megatron_rl.runs.progress import say
-from megatron_rl.runs.record import write_rollouts
 from megatron_rl.sync.engines import place_engine
 from megatron_rl.sync.weight_sync import WeightSync
 from megatron_rl.trainer import evaluation

@@ -1,7 +1,4 @@
-"""Length, checkpoints, evaluation, records and limits of a run.
-
-What a job asks for.
-"""
+"""The run itself: length, checkpoints, evaluation, records, guards, the watchdog, and what a Slurm job asks for."""
 
 from dataclasses import dataclass, field
 from enum import Enum

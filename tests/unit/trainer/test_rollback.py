@@ -13,7 +13,7 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import GuardAction, GuardConfig, ParallelConfig
 from megatron_rl.engine.initialize import finalize, initialize
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.runs.metrics_log import read_metrics
+from megatron_rl.runs.logs import read_metrics
 from megatron_rl.trainer import sft, update
 from megatron_rl.trainer.guards import GuardStop
 from megatron_rl.trainer.training import Training
