@@ -1,8 +1,8 @@
 """Losses on preferences: of pairs (DPO, IPO, SimPO, ORPO, the general form) and of single completions (KTO).
 
 All take log-probs of whole completions, one number each: the sum over the completion's tokens
-(`sequences.sequence_sums`), or their mean where a loss says average, or where a length-averaged DPO or IPO is wanted
-(`sequences.sequence_means` of policy and reference alike; beta then is per token, some hundred times larger). They
+(`aggregation.sequence_sums`), or their mean where a loss says average, or where a length-averaged DPO or IPO is wanted
+(`aggregation.sequence_means` of policy and reference alike; beta then is per token, some hundred times larger). They
 return one value per pair or completion, to be divided by the pairs of the global batch.
 
 With margin m = (log pi(w) - log ref(w)) - (log pi(l) - log ref(l)), for a preferred w and a rejected l:

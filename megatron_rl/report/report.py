@@ -3,7 +3,7 @@
     config.yaml, metrics.jsonl, rollouts/, logs/versions.json  ->  `write_report`  ->  report.html
 
 It reads files and nothing else, so it also works on a run that is still going or that died, on a machine without torch.
-This file decides what is said; `report_charts` draws, `report_page` writes the HTML.
+This file decides what is said; `metric_charts` draws, `page` writes the HTML.
 """
 
 import json

@@ -3,7 +3,7 @@
     generate -> score -> log_probs (old, reference) -> advantages -> forward_backward, optim_step -> sync_weights
 
 Log-probs come before advantages, because a KL penalty may be part of the reward. Generation and scoring are repeated
-where a step asks for prompts whose completions differ in their rewards (`collection`); otherwise they are done once.
+where a step asks for prompts whose completions differ in their rewards (`rollouts.Collection`); otherwise they are done once.
 """
 
 from megatron_rl.config.schema import Config
