@@ -7,5 +7,5 @@ ranges           the allowed range of every number
 algorithm, numerics, world   checks and sizes by topic: the algorithm, FP8 and quantisation, ranks and layers
 functions        built-in or user functions that a configuration names
 hf_checkpoint    config.json and the headers of a Hugging Face checkpoint
-errors           `UserError` and its kin, exit codes
+errors           `UserError`, exit codes
 """

@@ -87,23 +87,23 @@ def hang_report(states: Sequence[RankState], *, now: float | None = None) -> str
             f"{_ranks(silent)} silent for {first.silent_for(now):.0f} s (process {first.pid} on {first.host}, "
             f"last in {_where(first)}): stopped, dead, or its node is gone"
         )
-        culprits = silent
+        waited_for = silent
     elif waiting and busy:
         what = f"{_ranks(busy)} in {_where(busy[0])} for {now - busy[0].phase_since:.0f} s"
-        culprits = busy
+        waited_for = busy
     elif not waiting:
         longest = max(busy, key=lambda state: now - state.phase_since)
         return f"{_ranks([longest])} in {_where(longest)} for {now - longest.phase_since:.0f} s, over its limit"
     elif fewest < most and len({state.place for state in waiting}) > 1:
-        culprits = [state for state in waiting if state.collectives == fewest]
-        what = f"{_ranks(culprits)} in another collective, {_where(culprits[0])}"
+        waited_for = [state for state in waiting if state.collectives == fewest]
+        what = f"{_ranks(waited_for)} in another collective, {_where(waited_for[0])}"
     elif len({state.place for state in waiting}) > 1:
-        culprits = [state for state in waiting if state.place != waiting[0].place]
-        what = f"{_ranks(culprits)} in another collective, {_where(culprits[0])}"
+        waited_for = [state for state in waiting if state.place != waiting[0].place]
+        what = f"{_ranks(waited_for)} in another collective, {_where(waited_for[0])}"
     else:
         hosts = ", ".join(sorted({state.host for state in waiting}))
         return f"all ranks wait in {_where(waiting[0])}, and none is missing: suspect the network between {hosts}"
-    rest = [state for state in waiting if state not in culprits]
+    rest = [state for state in waiting if state not in waited_for]
     return f"{what}; {_ranks(rest, verb=('waits', 'wait'))} for it in {_where(rest[0])}" if rest else what
 
 

@@ -49,7 +49,7 @@ class MismatchError(RuntimeError):
     """Rollout and training log-probs differ by more than the run allows."""
 
 
-class Reinforcement:
+class RLTrainer:
     """A reinforcement-learning run in progress on this rank. The loop calls its methods in order."""
 
     def __init__(self, config: Config, groups: Groups, layout: Layout, *, records: bool = True) -> None:

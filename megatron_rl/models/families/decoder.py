@@ -125,12 +125,12 @@ def window_fields(hf: dict[str, Any], layer_types: list[str]) -> dict[str, Any]:
     )
 
 
-def ours(layer: int) -> str:
+def megatron_layer(layer: int) -> str:
     """Prefix of a layer's names in Megatron."""
     return f"decoder.layers.{layer}."
 
 
-def theirs(layer: int) -> str:
+def hf_layer(layer: int) -> str:
     """Prefix of a layer's names in Hugging Face."""
     return f"model.layers.{layer}."
 
@@ -144,7 +144,7 @@ def attention(
     hf: dict[str, Any], layer: int, *, qkv_bias: bool = False, output_bias: bool = False, qk_norm: bool = False
 ) -> list[TensorMap]:
     """Grouped-query attention."""
-    prefix, hf_prefix = f"{ours(layer)}self_attention.", f"{theirs(layer)}self_attn."
+    prefix, hf_prefix = f"{megatron_layer(layer)}self_attention.", f"{hf_layer(layer)}self_attn."
     hidden, heads, channels = hf["hidden_size"], hf["num_attention_heads"], head_dim(hf)
     q, k, v = (f"{hf_prefix}{part}_proj." for part in "qkv")
     shape: dict[str, Any] = dict(num_heads=heads, num_groups=num_groups(hf), head_dim=channels)
@@ -177,14 +177,14 @@ def gated(
 
 def gated_mlp(hf: dict[str, Any], layer: int) -> list[TensorMap]:
     """The dense feed-forward part of most families."""
-    return gated(f"{ours(layer)}mlp.", f"{theirs(layer)}mlp.", hf["hidden_size"], hf["intermediate_size"])
+    return gated(f"{megatron_layer(layer)}mlp.", f"{hf_layer(layer)}mlp.", hf["hidden_size"], hf["intermediate_size"])
 
 
 def plain_mlp(hf: dict[str, Any], layer: int) -> list[TensorMap]:
     """A feed-forward part without a gate."""
     prefix, hf_prefix, hidden, ffn = (
-        f"{ours(layer)}mlp.",
-        f"{theirs(layer)}mlp.",
+        f"{megatron_layer(layer)}mlp.",
+        f"{hf_layer(layer)}mlp.",
         hf["hidden_size"],
         hf["intermediate_size"],
     )
@@ -206,9 +206,9 @@ def tensor_maps(
     normed = partial(norm, size=hidden, bias=norm_bias)
     maps = [vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight", (hf["vocab_size"], hidden))]
     for layer in range(hf["num_hidden_layers"]):
-        maps += normed(f"{ours(layer)}input_layernorm", f"{theirs(layer)}input_layernorm")
+        maps += normed(f"{megatron_layer(layer)}input_layernorm", f"{hf_layer(layer)}input_layernorm")
         maps += attention(hf, layer)
-        maps += normed(f"{ours(layer)}pre_mlp_layernorm", f"{theirs(layer)}post_attention_layernorm")
+        maps += normed(f"{megatron_layer(layer)}pre_mlp_layernorm", f"{hf_layer(layer)}post_attention_layernorm")
         maps += feed_forward(hf, layer)
     maps += normed("decoder.final_layernorm", "model.norm")
     if not hf.get("tie_word_embeddings", False):
