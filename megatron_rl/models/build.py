@@ -27,8 +27,8 @@ from torch import Tensor
 from megatron_rl.config.errors import UserError
 from megatron_rl.device import HAS_CUDA, this_device
 from megatron_rl.models.families import family_of
+from megatron_rl.models.families.decoder import rope_parameters, yarn_attributes
 from megatron_rl.models.layers import decoder_layers
-from megatron_rl.models.rope_parameters import rope_parameters, yarn_attributes
 from megatron_rl.models.tensor_map import padded_vocabulary_size
 
 

@@ -16,8 +16,14 @@ from typing import Any
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.models.families import decoder, experts
-from megatron_rl.models.families.decoder import Family, hf_layer, megatron_layer, norm
-from megatron_rl.models.rope_parameters import rope_parameters, yarn_concentration
+from megatron_rl.models.families.decoder import (
+    Family,
+    hf_layer,
+    megatron_layer,
+    norm,
+    rope_parameters,
+    yarn_concentration,
+)
 from megatron_rl.models.tensor_map import TensorMap, replicated, split
 
 
