@@ -1,6 +1,6 @@
 """Pure functions of torch tensors: losses, advantages, KL, aggregation. No configuration, no Megatron.
 
-    policy_loss, value_loss, supervised_loss, preference_loss, reward_model_loss   losses per token, pair or completion
+    policy_loss, value_loss, supervised_loss, preference_loss   losses per token, pair or completion
     advantages        from rewards to advantages, of completions and of tokens (GAE)
     reward_shaping    rewards per token; penalties for length and KL
     kl, importance    KL estimators; importance weights between engine and trainer

@@ -45,11 +45,16 @@ from megatron_rl.algorithms.policy_loss import (
     ppo_trajectory_loss,
     reinforce_loss,
 )
-from megatron_rl.algorithms.preference_loss import dpo_loss, hinge_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
-from megatron_rl.algorithms.reward_model_loss import (
+from megatron_rl.algorithms.preference_loss import (
     bradley_terry_loss,
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    kto_loss,
+    orpo_loss,
     process_reward_loss,
     reward_regression_loss,
+    simpo_loss,
 )
 from megatron_rl.algorithms.supervised_loss import focal_loss, label_smoothed_loss, sft_loss
 from megatron_rl.config.functions import Bound, Function, bind, find_function

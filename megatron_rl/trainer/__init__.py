@@ -4,7 +4,7 @@ loop             reinforcement learning on one screen; start here
 rl               the verbs of that loop
 rollouts         prompts in, scored samples out; dynamic sampling
 training         what every recipe shares: folder, policy, optimizer, metrics, checkpoints, resuming
-update, guards   one optimizer step, and what may keep it from being made
+update           one optimizer step, and what may keep it from being made: guards
 sft, preference  the other recipes
 evaluation       held-out accuracy, pass@k and reward
 learned_reward   a reward model's scores

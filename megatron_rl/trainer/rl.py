@@ -30,7 +30,6 @@ from megatron_rl.runs.progress import say
 from megatron_rl.sync.engines import place_engine
 from megatron_rl.sync.weight_sync import WeightSync
 from megatron_rl.trainer import evaluation
-from megatron_rl.trainer.guards import convergence_metrics
 from megatron_rl.trainer.learned_reward import LearnedReward
 from megatron_rl.trainer.rollouts import (
     Collection,
@@ -41,6 +40,7 @@ from megatron_rl.trainer.rollouts import (
     training_sampling,
 )
 from megatron_rl.trainer.training import Training
+from megatron_rl.trainer.update import convergence_metrics
 
 _MISMATCH = "mismatch/log_prob_abs_diff_mean"
 

@@ -102,7 +102,7 @@ class LoggingConfig:
 
 @dataclass
 class GuardConfig:
-    """A limit of one metric of the policy's updates; see `trainer/guards.py`."""
+    """A limit of one metric of the policy's updates; see `trainer/update.py`."""
 
     metric: str = MISSING
     """Its name, e.g. 'policy/loss', 'optim/grad_norm', 'policy/approx_kl', 'mismatch/kl'."""

@@ -15,8 +15,8 @@ from megatron_rl.engine.initialize import finalize, initialize
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.runs.logs import read_metrics
 from megatron_rl.trainer import sft, update
-from megatron_rl.trainer.guards import GuardStop
 from megatron_rl.trainer.training import Training
+from megatron_rl.trainer.update import GuardStop
 from tests.e2e.test_faults import supervised_run
 
 NUM_STEPS, BATCH = 6, 8
