@@ -36,7 +36,7 @@ from megatron_rl.weights.plan.ranks import EngineRanks, TrainedRanks
 from megatron_rl.weights.plan.shard_plan import ShardPlan, Slice
 from megatron_rl.weights.transport.exchange import Exchange, Pending
 from megatron_rl.weights.transport.folder import FolderTransport
-from megatron_rl.weights.transport.sockets import Door, Listener, connect
+from megatron_rl.weights.transport.sockets import Endpoint, Listener, connect
 from tools.bench_log_probs import PeakMemory
 
 BUCKET = 64 << 20
@@ -138,7 +138,7 @@ def apart(
         process.start()
         while not Path(folder, "ready").exists():
             time.sleep(0.01)
-        door = Door(HOST, int(Path(folder, "port").read_text()), "")
+        endpoint = Endpoint(HOST, int(Path(folder, "port").read_text()), "")
         for index in range(repeats + 2):
             if changed < 1:
                 change(parameters, changed)
@@ -148,7 +148,7 @@ def apart(
             transport = (
                 FolderTransport(messages, 0, timeout_seconds=120, mapped=mapped)
                 if way == "shared memory"
-                else connect({1: door}, rank=0, round=str(index), timeout_seconds=120)
+                else connect({1: endpoint}, rank=0, round=str(index), timeout_seconds=120)
             )
             sender.run(parameters, None, transport, version=index)
             transport.close()

@@ -25,7 +25,7 @@ from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
 from megatron_rl.rollout.server import EngineServer
 from megatron_rl.rollout.server_features import names_weight_versions, opens_token_door_on_request
 from megatron_rl.weights.plan.rank_plan import Orders
-from megatron_rl.weights.transport.sockets import Door
+from megatron_rl.weights.transport.sockets import Endpoint
 
 _CONTROL_SECONDS = 60.0
 _HEALTH_SECONDS = 10.0
@@ -87,7 +87,7 @@ class RemoteEngine:
         self.weight_version = 0
         self.server.restart()
 
-    def give_orders(self, orders: dict[int, Orders], *, max_changed: float) -> dict[int, Door]:
+    def give_orders(self, orders: dict[int, Orders], *, max_changed: float) -> dict[int, Endpoint]:
         """Tell each rank of the engine what synchronisations bring; once for each start of the server.
 
         Args:
@@ -108,7 +108,7 @@ class RemoteEngine:
             "max_changed": max_changed,
         }
         workers = self._ask_workers("receive_orders", request, _CONTROL_SECONDS)
-        return {worker["rank"]: Door(address.host, worker["port"], address.token) for worker in workers}
+        return {worker["rank"]: Endpoint(address.host, worker["port"], address.token) for worker in workers}
 
     def load(self, name: str, way: dict[str, Any], *, version: int, verify: str, timeout_seconds: float) -> None:
         """Load one version that the trained ranks send, and resume.

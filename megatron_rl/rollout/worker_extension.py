@@ -58,11 +58,11 @@ _receiver: list[_Receiver] = []
 """The one of this process, once there is one."""
 
 
-class WeightDoors:
-    """Methods of the worker."""
+class WeightSyncExtension:
+    """Methods that vLLM adds to its worker."""
 
     on_filled: OnFilled | None = None
-    """See `shard_loading.ShardLoader`."""
+    """See `weight_loading.ShardLoader`."""
 
     def receive_orders(self, request: str) -> dict[str, Any]:
         """Learn what synchronisations will bring.

@@ -23,7 +23,7 @@ from megatron_rl.weights.plan.shard_plan import ShardPlan
 from megatron_rl.weights.quantized.fp8_parameters import held_value
 from megatron_rl.weights.transport.exchange import Exchange, verified
 from megatron_rl.weights.transport.messages import TransferError
-from megatron_rl.weights.transport.sockets import Door
+from megatron_rl.weights.transport.sockets import Endpoint
 
 _ROUNDS = 3
 
@@ -62,7 +62,7 @@ class RemoteSync:
             assert number is not None
             ranks = engines.engine_ranks(number)
             self._engine_orders = {rank: Orders.of(plan, rank, engines.expert_rows(rank)) for rank in ranks}
-        self._doors: dict[int, Door] = {}
+        self._endpoints: dict[int, Endpoint] = {}
         """Of the engine that this rank drives, once it has its orders."""
         world = policy.groups.world
         self._way = way_of(config, engine, world, range(engines.first_rank, engines.first_rank + engines.world_size))
@@ -100,32 +100,36 @@ class RemoteSync:
         answers = self._of_all_ranks(self._give_orders())
         failures = {answer for answer in answers if isinstance(answer, str)}
         if not failures:
-            doors = {rank: door for answer in answers if isinstance(answer, dict) for rank, door in answer.items()}
-            failures = {failure for failure in self._of_all_ranks(self._send(name, told, version, doors)) if failure}
+            endpoints = {
+                rank: endpoint for answer in answers if isinstance(answer, dict) for rank, endpoint in answer.items()
+            }
+            failures = {
+                failure for failure in self._of_all_ranks(self._send(name, told, version, endpoints)) if failure
+            }
         self._way.end(name, failed=bool(failures))
         return sorted(failures)
 
-    def _give_orders(self) -> dict[int, Door] | str:
+    def _give_orders(self) -> dict[int, Endpoint] | str:
         """Where the engine's ranks listen; or why it cannot load, before anybody waits for it."""
         if not isinstance(self.engine, RemoteEngine):
             return {}
         try:
-            if not self._doors:
-                self._doors = self.engine.give_orders(self._engine_orders, max_changed=self.config.delta)
+            if not self._endpoints:
+                self._endpoints = self.engine.give_orders(self._engine_orders, max_changed=self.config.delta)
             elif not self.engine.answers():
                 return f"engine at {self.engine.server.address.host} port {self.engine.server.address.port}: no answer"
         except EngineLost as error:
             return str(error)
-        return self._doors
+        return self._endpoints
 
-    def _send(self, name: str, told: dict[str, Any], version: int, doors: Mapping[int, Door]) -> str | None:
+    def _send(self, name: str, told: dict[str, Any], version: int, endpoints: Mapping[int, Endpoint]) -> str | None:
         """This rank's part of a round; why it has failed, if it has."""
         failure: str | None = None
         with ThreadPoolExecutor(max_workers=1) as pool:
             loading = pool.submit(self._load, name, told, version)
             transport: OpenTransport | None = None
             try:
-                transport = self._way.open(name, {rank: doors[rank] for rank in self._orders.receivers})
+                transport = self._way.open(name, {rank: endpoints[rank] for rank in self._orders.receivers})
                 policy, check = self.policy, verified(self.config.verify.name, version)
                 held = {parameter: held_value(value, policy.dtype) for parameter, value in policy.parameters.items()}
                 self._exchange.run(held, None, transport, version=version, verify=check)
@@ -151,5 +155,5 @@ class RemoteSync:
         if isinstance(self.engine, RemoteEngine) and not self.engine.answers():
             started = time.monotonic()
             self.engine.restart()
-            self._doors = {}
+            self._endpoints = {}
             print(f"megatron-rl: an engine had died; started again in {time.monotonic() - started:.0f} s", flush=True)

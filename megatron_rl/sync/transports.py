@@ -1,7 +1,7 @@
 """The ways that weights take from trained ranks to engines in processes of their own, seen from a trained rank.
 
     folder          messages are files that all sides see: shared memory on one machine
-    network         each sender connects to the doors of its receivers, by TCP
+    network         each sender connects to the endpoints of its receivers, by TCP
     process_group   one group of all trained ranks and all engines' ranks, gloo's or NCCL's
 
 `rollout/worker_extension.py` is the other end: what a way tells engines comes to `_Receiver.transport` there.
@@ -27,7 +27,7 @@ from megatron_rl.rollout.remote import NoEngine, RemoteEngine
 from megatron_rl.weights.transport.exchange import Transport
 from megatron_rl.weights.transport.folder import FolderTransport
 from megatron_rl.weights.transport.process_group import ProcessGroupTransport, join
-from megatron_rl.weights.transport.sockets import Door, connect
+from megatron_rl.weights.transport.sockets import Endpoint, connect
 
 
 class OpenTransport(Transport, Protocol):
@@ -49,8 +49,8 @@ class Way(Protocol):
         """Prepare a round; what the engines are told of it, as JSON."""
         ...
 
-    def open(self, name: str, doors: Mapping[int, Door]) -> OpenTransport:
-        """This rank's transport of the round, to the doors of its receivers. Raises TransferError."""
+    def open(self, name: str, endpoints: Mapping[int, Endpoint]) -> OpenTransport:
+        """This rank's transport of the round, to the endpoints of its receivers. Raises TransferError."""
         ...
 
     def engine_lost(self, name: str, reason: str) -> None:
@@ -74,7 +74,7 @@ class ByFolder:
             (self._folder / name).mkdir(parents=True)
         return {"folder": str(self._folder / name)}
 
-    def open(self, name: str, doors: Mapping[int, Door]) -> OpenTransport:
+    def open(self, name: str, endpoints: Mapping[int, Endpoint]) -> OpenTransport:
         folder, limit = self._folder / name, self._timeout_seconds
         return FolderTransport(folder, self._rank, timeout_seconds=limit, mapped=self._mapped)
 
@@ -95,8 +95,8 @@ class ByNetwork:
     def begin(self, name: str) -> dict[str, Any]:
         return {}
 
-    def open(self, name: str, doors: Mapping[int, Door]) -> OpenTransport:
-        return connect(doors, rank=self._rank, round=name, timeout_seconds=self._timeout_seconds)
+    def open(self, name: str, endpoints: Mapping[int, Endpoint]) -> OpenTransport:
+        return connect(endpoints, rank=self._rank, round=name, timeout_seconds=self._timeout_seconds)
 
     def engine_lost(self, name: str, reason: str) -> None:
         """Its connections are closed, or never come about."""
@@ -130,7 +130,7 @@ class ByGroup:
         self._name = self._name or f"{self._token}/{name}"
         return {"group": {"host": self._host, "port": self._port, "name": self._name, "size": self._size}}
 
-    def open(self, name: str, doors: Mapping[int, Door]) -> OpenTransport:
+    def open(self, name: str, endpoints: Mapping[int, Endpoint]) -> OpenTransport:
         assert self._name is not None
         if self._group is None:
             self._group = join(

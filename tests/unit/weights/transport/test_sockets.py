@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_rl.weights.plan.rank_plan import Orders
 from megatron_rl.weights.transport.exchange import Exchange, Transport, verified
 from megatron_rl.weights.transport.messages import TransferError, checksum
-from megatron_rl.weights.transport.sockets import Door, Listener, SocketTransport, connect
+from megatron_rl.weights.transport.sockets import Endpoint, Listener, SocketTransport, connect
 from tests.unit.weights.transport.test_exchange import Memory, parameters, plan
 
 HOST, TOKEN = "127.0.0.1", "token of this job"
@@ -35,7 +35,7 @@ class Ends:
         self.exchanges = {rank: Exchange(orders, max_changed=max_changed) for rank, orders in self.orders.items()}
         self.memories = {rank: Memory(self.orders[rank]) for rank in RECEIVERS}
         self.listeners = {rank: Listener(HOST) for rank in RECEIVERS}
-        self.doors = {rank: Door(HOST, listener.port, TOKEN) for rank, listener in self.listeners.items()}
+        self.endpoints = {rank: Endpoint(HOST, listener.port, TOKEN) for rank, listener in self.listeners.items()}
         self.timeout = timeout
 
     def receive(self, rank: int, name: str, version: int) -> None:
@@ -45,7 +45,7 @@ class Ends:
         self.run(rank, transport, {}, self.memories[rank], version)
 
     def send(self, name: str, version: int, held: dict[str, Tensor]) -> None:
-        transport = connect(self.doors, rank=0, round=name, timeout_seconds=self.timeout)
+        transport = connect(self.endpoints, rank=0, round=name, timeout_seconds=self.timeout)
         self.run(0, transport, held, None, version)
 
     def run(
@@ -125,10 +125,10 @@ def test_a_wrong_token_is_refused_and_does_not_spoil_the_round() -> None:
     ends = Ends(timeout=5.0)
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(ends.receive, rank, "round 1", 1) for rank in RECEIVERS]
-        guessed = {rank: door._replace(token="guessed") for rank, door in ends.doors.items()}
+        guessed = {rank: endpoint._replace(token="guessed") for rank, endpoint in ends.endpoints.items()}
         with pytest.raises(TransferError, match=r"to rank 1 at 127.0.0.1:\d+: refused: the token or the round"):
             connect(guessed, rank=0, round="round 1", timeout_seconds=5)
-        with socket.create_connection((HOST, ends.doors[2].port)) as stranger:
+        with socket.create_connection((HOST, ends.endpoints[2].port)) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"x" * 40)
         ends.send("round 1", 1, parameters())
         assert [future.exception() for future in futures] == [None, None]
@@ -166,7 +166,7 @@ def test_a_receiver_that_is_gone_ends_the_sender() -> None:
     listener = Listener(HOST)
     with ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(listener.accept, {0}, rank=1, round="round 1", token=TOKEN, timeout_seconds=60)
-        sender = connect({1: Door(HOST, listener.port, TOKEN)}, rank=0, round="round 1", timeout_seconds=60)
+        sender = connect({1: Endpoint(HOST, listener.port, TOKEN)}, rank=0, round="round 1", timeout_seconds=60)
         sending = sender.post(3, {1: torch.zeros(10**8, dtype=torch.uint8)}, {})
         accepted.result().close()
     with pytest.raises(TransferError, match="to rank 1, bucket 3: the connection ended"):
@@ -188,8 +188,8 @@ def test_a_sender_that_is_killed_or_frozen_in_the_middle(how: signal.Signals, me
         "import sys, time\n"
         "from tests.unit.weights.transport.test_sockets import *\n"
         "print('ready', flush=True)\n"
-        "doors = {1: Door(HOST, int(sys.argv[1]), TOKEN)}\n"
-        "transport = connect(doors, rank=0, round='round 1', timeout_seconds=60)\n"
+        "endpoints = {1: Endpoint(HOST, int(sys.argv[1]), TOKEN)}\n"
+        "transport = connect(endpoints, rank=0, round='round 1', timeout_seconds=60)\n"
         "exchange = Exchange(Orders.of(plan(), 0, {}))\n"
         "check = verified('full', 1)\n"
         "first = exchange._post(0, parameters(), OnlyTo1(transport), 1, check)\n"
@@ -197,7 +197,9 @@ def test_a_sender_that_is_killed_or_frozen_in_the_middle(how: signal.Signals, me
         "print('sent', flush=True)\n"
         "time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(ends.doors[1].port)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(ends.endpoints[1].port)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == "ready\n"
@@ -225,8 +227,8 @@ class OnlyTo1:
 
 def test_a_bit_flipped_on_the_wire_is_never_loaded() -> None:
     ends = Ends(timeout=10.0)
-    with flipping_proxy(ends.doors[1].port, at=32) as port:
-        ends.doors[1] = Door(HOST, port, TOKEN)
+    with flipping_proxy(ends.endpoints[1].port, at=32) as port:
+        ends.endpoints[1] = Endpoint(HOST, port, TOKEN)
         failures = ends.round(1, parameters())
     assert "damaged on the way" in failures[1]
 
