@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.weights.plan.rank_plan import Orders
+from megatron_rl.weights.plan.rank_plan import RankPlan
 from megatron_rl.weights.transport.exchange import Exchange, Transport, verified
 from megatron_rl.weights.transport.messages import TransferError, checksum
 from megatron_rl.weights.transport.sockets import Endpoint, Listener, SocketTransport, connect
@@ -31,16 +31,18 @@ class Ends:
 
     def __init__(self, *, max_changed: float = 0.0, timeout: float = 10.0) -> None:
         whole = plan()
-        self.orders = {rank: Orders.of(whole, rank, {}) for rank in (0, *RECEIVERS)}
-        self.exchanges = {rank: Exchange(orders, max_changed=max_changed) for rank, orders in self.orders.items()}
-        self.memories = {rank: Memory(self.orders[rank]) for rank in RECEIVERS}
+        self.rank_plans = {rank: RankPlan.of(whole, rank, {}) for rank in (0, *RECEIVERS)}
+        self.exchanges = {
+            rank: Exchange(rank_plan, max_changed=max_changed) for rank, rank_plan in self.rank_plans.items()
+        }
+        self.memories = {rank: Memory(self.rank_plans[rank]) for rank in RECEIVERS}
         self.listeners = {rank: Listener(HOST) for rank in RECEIVERS}
         self.endpoints = {rank: Endpoint(HOST, listener.port, TOKEN) for rank, listener in self.listeners.items()}
         self.timeout = timeout
 
     def receive(self, rank: int, name: str, version: int) -> None:
         transport = self.listeners[rank].accept(
-            self.orders[rank].senders, rank=rank, round=name, token=TOKEN, timeout_seconds=self.timeout
+            self.rank_plans[rank].senders, rank=rank, round=name, token=TOKEN, timeout_seconds=self.timeout
         )
         self.run(rank, transport, {}, self.memories[rank], version)
 
@@ -105,17 +107,17 @@ def test_changed_elements_alone_travel_and_a_new_receiver_gets_everything() -> N
     everything = ends.exchanges[0].sent_bytes
     held["fc1.weight"][2, 3] += 1
     held["embedding.word_embeddings.weight"][69] -= 1
-    ends.memories = {rank: Memory(ends.orders[rank]) for rank in RECEIVERS}  # as vLLM forgets what it prepared
+    ends.memories = {rank: Memory(ends.rank_plans[rank]) for rank in RECEIVERS}  # as vLLM forgets what it prepared
     assert ends.round(2, held) == {}
     assert ends.holds(held)
     assert ends.exchanges[0].sent_bytes < everything
     # Rank 2 is started anew: it refuses, and after that all begin again.
-    ends.exchanges[2] = Exchange(ends.orders[2], max_changed=0.2)
+    ends.exchanges[2] = Exchange(ends.rank_plans[2], max_changed=0.2)
     held["fc1.weight"][0, 0] += 1
     failures = ends.round(3, held)
     assert "changes since version 2, and the engine's rank holds nothing" in failures[2]
     ends.exchanges[0].forget()
-    ends.memories = {rank: Memory(ends.orders[rank]) for rank in RECEIVERS}
+    ends.memories = {rank: Memory(ends.rank_plans[rank]) for rank in RECEIVERS}
     assert ends.round(3, held, name="again") == {}
     assert ends.exchanges[0].sent_bytes == everything
     assert ends.holds(held)
@@ -190,7 +192,7 @@ def test_a_sender_that_is_killed_or_frozen_in_the_middle(how: signal.Signals, me
         "print('ready', flush=True)\n"
         "endpoints = {1: Endpoint(HOST, int(sys.argv[1]), TOKEN)}\n"
         "transport = connect(endpoints, rank=0, round='round 1', timeout_seconds=60)\n"
-        "exchange = Exchange(Orders.of(plan(), 0, {}))\n"
+        "exchange = Exchange(RankPlan.of(plan(), 0, {}))\n"
         "check = verified('full', 1)\n"
         "first = exchange._post(0, parameters(), OnlyTo1(transport), 1, check)\n"
         "first.sent()\n"
