@@ -61,14 +61,14 @@ class Box(NamedTuple):
 def boxes_of(tensor_map: TensorMap, shard: int, num_shards: int) -> list[Box]:
     """The boxes that a shard of a parameter is made of, padding left out."""
     boxes, offset, dim = [], 0, tensor_map.dim
-    for run in tensor_map.runs(shard, num_shards):
-        if run.hf_name is not None:
-            shape = tensor_map.matrix_shape(run.hf_name)
+    for row_range in tensor_map.row_ranges(shard, num_shards):
+        if row_range.hf_name is not None:
+            shape = tensor_map.matrix_shape(row_range.hf_name)
             start, local, size = [0] * len(shape), [0] * len(shape), list(shape)
-            start[dim], local[dim], size[dim] = run.start, offset, run.size
-            assert dim == 0 or run.step == 1, "only rows are taken in steps"
-            boxes.append(Box(run.hf_name, tuple(start), tuple(local), tuple(size), run.step))
-        offset += run.size
+            start[dim], local[dim], size[dim] = row_range.start, offset, row_range.size
+            assert dim == 0 or row_range.step == 1, "only rows are taken in steps"
+            boxes.append(Box(row_range.hf_name, tuple(start), tuple(local), tuple(size), row_range.step))
+        offset += row_range.size
     return boxes
 
 

@@ -1,8 +1,8 @@
 """Who copies which slice of which parameter to whom, so that trained shards become engine shards.
 
-Both sides are described by the same kind of table (`models/tensor_map.py`): a shard is made of runs of Hugging Face
-rows. So the plan is an intersection: where a run of a trained shard and a run of an engine's shard are the same
-elements, they are copied from the one place to the other. Interleaved query groups, stacked projections, replicated
+Both sides are described by the same kind of table (`models/tensor_map.py`): a shard is made of row ranges of Hugging
+Face matrices. So the plan is an intersection: elements in a row range of a trained shard and in one of an engine's
+shard are copied from the former to the latter. Interleaved query groups, stacked projections, replicated
 KV heads, numbered experts and padded vocabularies are all in the tables; nothing here knows of them.
 
     sources x targets -> pairs that share tensors -> blocks per pair of shards -> a sender each -> buckets
@@ -107,10 +107,10 @@ class ShardPlan:
         for entry in self.targets:
             for shard in self._placed[1][id(entry.shards)].get(rank, ()):
                 offset = 0
-                for run in entry.map.runs(shard, len(entry.shards)):
-                    if run.hf_name is None:
-                        yield entry.map.name, entry.map.dim, offset, run.size
-                    offset += run.size
+                for rows in entry.map.row_ranges(shard, len(entry.shards)):
+                    if rows.hf_name is None:
+                        yield entry.map.name, entry.map.dim, offset, rows.size
+                    offset += rows.size
 
     def targets_of(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Shape of each target that a rank holds, padding included."""
