@@ -72,7 +72,7 @@ class Memory:
         self.tensors = {n: torch.zeros(shape, dtype=torch.bfloat16) for n, shape in rank_plan.shard.shapes.items()}
 
     def write(self, piece: Slice, values: Tensor, expected: int | None) -> None:
-        self.tensors[piece.target][piece.block.target_box].copy_(values)
+        self.tensors[piece.target][piece.block.target_index].copy_(values)
 
     def end_bucket(self) -> None:
         """Nothing to prepare."""

@@ -1,7 +1,7 @@
 """Writing Hugging Face checkpoint folders, in a temporary folder that is renamed when it is complete.
 
-`write_hf_checkpoint` writes whole tensors, one after another, in one process. `ExportPlan` and `ShardWriter` write with all ranks
-at once, without sending a tensor to anyone: names, dtypes and shapes say where every element lies in the files before
+`write_hf_checkpoint` writes whole tensors, one after another, in one process. With `ExportPlan` and `ShardWriter` all
+ranks write at once, and no tensor is sent: names, dtypes and shapes say where every element lies in the files before
 one is written. So one rank lays out the files at full size, and each rank writes the row ranges of its shards in place.
 A row range of a matrix that is split by columns is a part of every row. What several ranks hold alike is written by one
 of them, in turns. The file system must be shared by all ranks, as it is for training checkpoints.

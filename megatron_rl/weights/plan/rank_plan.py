@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rl.weights.plan.blocks import Block
+from megatron_rl.weights.plan.blocks import BlockCopy
 from megatron_rl.weights.plan.shard_plan import ShardPlan, Slice
 
 
@@ -99,6 +99,6 @@ def _by_peer(side: dict[str, list[Any]]) -> dict[int, list[Slice]]:
 
 def _slices(rows: list[Any]) -> list[Slice]:
     return [
-        Slice(source, target, Block(tuple(a), tuple(b), tuple(size), *steps), dtype)
+        Slice(source, target, BlockCopy(tuple(a), tuple(b), tuple(size), *steps), dtype)
         for source, target, (a, b, size, *steps), dtype in rows
     ]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.models.tensor_map import TensorMap, gate_up, of_expert, qkv, replicated, split, vocabulary
-from megatron_rl.weights.plan import cuts as shares
+from megatron_rl.weights.plan import cuts
 from megatron_rl.weights.plan.engine_table import engine_maps, hf_shapes
 from megatron_rl.weights.plan.ranks import EngineRanks, TrainedRanks, even_stages
 from megatron_rl.weights.plan.shard_plan import ShardPlan
@@ -156,8 +156,8 @@ def execute(plan: ShardPlan, held: dict[int, dict[str, Array]], receivers: range
                 assert plan.sends(sender, bucket)[rank] == slices
                 for piece in slices:
                     block = piece.block
-                    source = held[sender][piece.source][block.source_box]
-                    target = received[rank][piece.target][block.target_box]
+                    source = held[sender][piece.source][block.source_index]
+                    target = received[rank][piece.target][block.target_index]
                     assert np.isnan(target).all(), f"{piece.target} is written twice"
                     target[...] = source
     return received
@@ -267,7 +267,7 @@ def test_replicas_share_the_work(case: Case, seed: int) -> None:
         engines, expert_parallel=engines.expert_parallel and model.experts >= engines.num_engines * size
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shares, "_MIN_CUT_BYTES", 1)
+        patch.setattr(cuts, "_MIN_CUT_BYTES", 1)
         plan = dataclasses.replace(case, model=model, engines=engines, bucket_bytes=10**9).plan()
         sent: Counter[int] = Counter()
         for (sender, _), n in plan.traffic().items():

@@ -38,7 +38,7 @@ class Memory:
         self.tensors = {name: torch.zeros(shape) for name, shape in self.rank_plan.shard.shapes.items()}
 
     def write(self, piece: Slice, values: Tensor, expected: int | None) -> None:
-        self.tensors[piece.target][piece.block.target_box] = values
+        self.tensors[piece.target][piece.block.target_index] = values
         if expected is not None:
             self.sums[piece.target] = add(self.sums.get(piece.target, 0), expected)
 
@@ -177,9 +177,9 @@ def test_at_most_two_buckets_exist(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_checksums_add_up_over_boxes_in_any_order(dtype: torch.dtype) -> None:
     whole = torch.randn(7, 10, generator=torch.Generator().manual_seed(1)).to(dtype)
-    boxes = [(0, 0, 3, 10), (3, 4, 4, 6), (3, 0, 4, 4)]
+    blocks = [(0, 0, 3, 10), (3, 4, 4, 6), (3, 0, 4, 4)]
     total = 0
-    for row, column, rows, columns in boxes[::-1]:
+    for row, column, rows, columns in blocks[::-1]:
         total = add(total, checksum(whole[row : row + rows, column : column + columns], (row, column)))
     assert total == checksum(whole)
     # Every second row, as gate and up alternate in some checkpoints.
