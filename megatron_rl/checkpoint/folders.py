@@ -1,11 +1,11 @@
-"""The folder of a run's checkpoints, in Megatron's layout: which there are, which is the latest, which may go.
+"""The folder of a run's checkpoints, in Megatron's layout: which there are, which is the latest, which are deleted.
 
     iter_0000010/                          the state after 10 steps
     .iter_0000010.partial/                 one that is being written, or was when the run was killed
     latest_checkpointed_iteration.txt      '10'
 
-A checkpoint is written under its partial name and renamed when it is complete, then named as the latest. So whatever
-has its final name is whole, whenever the run was killed.
+A checkpoint is written under its partial name and renamed when it is complete, then named as the latest. So a
+checkpoint with its final name is complete, whenever the run was killed.
 """
 
 import json

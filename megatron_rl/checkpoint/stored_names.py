@@ -1,4 +1,4 @@
-"""Under which names a Megatron checkpoint holds the tensors of a model, whoever wrote it.
+"""The names of a model's tensors in a Megatron checkpoint, whichever training loop wrote it.
 
 Core derives them from the model, and they differ with choices of the run that wrote it:
 
@@ -8,7 +8,7 @@ Core derives them from the model, and they differ with choices of the run that w
               attention the two kinds of layers disagree
     shards    in the format of fully sharded runs (`singleton_local_shards` in the metadata) each part by itself
 
-A model's own description is adapted to what a checkpoint holds before core loads it.
+The model's sharded state is adapted to the names in a checkpoint before core loads it.
 """
 
 import re

@@ -26,7 +26,7 @@ from megatron_rl.config.schema import QuantizedFormat
 from megatron_rl.data.samples import Completion, Prompt
 from megatron_rl.models.batch_invariance import make_room_for_vllm
 from megatron_rl.models.capabilities import capabilities
-from megatron_rl.rollout.isolation import guest, random_states_kept
+from megatron_rl.rollout.isolation import isolated, random_states_kept
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
 from megatron_rl.weights.plan.rank_plan import EngineShard
 from megatron_rl.weights.transport.exchange import Loader, OnFilled
@@ -89,7 +89,7 @@ class RolloutEngine:
         if batch_invariant:
             os.environ["VLLM_BATCH_INVARIANT"] = "1"
             make_room_for_vllm(capabilities().compute_capability)
-        with guest():
+        with isolated():
             from megatron_rl.rollout import llm
 
             self._llm = llm
