@@ -197,7 +197,7 @@ def hf_to_megatron(*, hf_path: Path, output: Path, verify: bool = False) -> floa
 def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path, verify: bool = False) -> float | None:
     """Write the Hugging Face checkpoint of a Megatron one.
 
-    Core unpickles parts of a Megatron checkpoint, so one from a stranger is to be distrusted like a program.
+    Core unpickles parts of a Megatron checkpoint, so one from an unknown source is as dangerous as a program.
 
     Args:
         checkpoint: folder with `latest_checkpointed_iteration.txt`, whose latest iteration is taken, or the folder of

@@ -10,8 +10,8 @@ then. Writing is a thread: torch's and the operating system's part of it runs wi
 process that is forked from one with CUDA, vLLM and communication threads is better avoided. Synchronous saving is the
 same, waited for.
 
-A rank that cannot write (disk full, read-only) tells the others when they meet; all then raise the same error, and what
-was written of that checkpoint is deleted.
+A rank that cannot write (disk full, read-only) reports it at the next collective; all then raise the same error, and
+what was written of that checkpoint is deleted.
 """
 
 import contextlib

@@ -116,7 +116,7 @@ class WeightGradient:
             add_product(gradient.t(), hidden, out=self.total[columns])
 
     def result(self) -> Tensor | None:
-        """What autograd is to be told: the gradient in the weight's dtype; None where it is in main_grad."""
+        """What autograd gets: the gradient in the weight's dtype; None where it is in main_grad."""
         return None if self.total is None or self.main_grad is not None else self.total.to(self.dtype)
 
 
@@ -160,7 +160,7 @@ class HeadArguments(TypedDict, total=False):
     sequence_parallel: bool
     """The tokens are split over the group, in rank order: hidden is [T/tp, H], this rank's. False unless given."""
     main_grad: Tensor | None
-    """[V/tp, H] float32, to which the weight's gradient is added; autograd is then told of none. None, or not given:
+    """[V/tp, H] float32, to which the weight's gradient is added; autograd then gets none. None, or not given:
     autograd gets it in the weight's dtype, summed in float32."""
     chunk_tokens: int | None
     """Most tokens at once; None, or not given: what suits the device."""

@@ -113,7 +113,7 @@ class RolloutEngine:
         self._tokenizer = self._engine.get_tokenizer()
         # Left in place it would destroy the caller's process groups when the engine is collected.
         self._engine.engine_core._finalizer.detach()
-        # On a CPU vLLM compiles a function of its sampler (2 s, and a C++ compiler) even where it is told to be eager.
+        # On a CPU vLLM compiles a function of its sampler (2 s, and a C++ compiler) even with enforce_eager.
         self._interpreted = llm.ON_CPU and enforce_eager
 
     def generate(

@@ -67,7 +67,7 @@ def host_engine(number: int, folder: Path, start: Callable[[], EngineServer]) ->
 
 def end_hosts(folder: Path) -> None:
     """Tell all hosts that the ranks have ended."""
-    with contextlib.suppress(OSError):  # then the job's end tells them
+    with contextlib.suppress(OSError):  # then they end with the job
         (folder / _ENDED).touch(mode=0o600)
 
 
@@ -102,7 +102,7 @@ class HostedServer:
             if time.monotonic() > deadline:
                 raise EngineLost(
                     f"engine {self._number}: its host has not started it within {_WAIT_SECONDS:.0f} s; "
-                    f"{self._files.address} does not tell of start {start}"
+                    f"{self._files.address} does not have start {start}"
                 )
             time.sleep(_POLL_SECONDS)
         return found

@@ -285,7 +285,7 @@ def _shape(module: nn.Module | None, parameter: str) -> tuple[int, ...] | None:
 def _parameters(modules: Mapping[str, nn.Module]) -> set[str]:
     """Names of what a checkpoint brings: shared parameters once, and not those that vLLM makes from others.
 
-    Of a layer that an earlier, failed loading has left on the meta device, the kept tensors tell what is shared.
+    Of a layer that an earlier, failed loading has left on the meta device, the kept tensors say what is shared.
     """
     seen: set[int] = set()
     names: set[str] = set()

@@ -155,7 +155,7 @@ class WeightSync:
         try:
             of_engine = self.engine.log_probs(self.probes)
         except EngineLost:
-            return  # it has died since; whoever asks it next finds that, and it is sent and probed again
+            return  # it has died since; the next call finds that, and weights are sent and probed again
         # Joined before the maximum is taken: torch's is nan if one is, Python's depends on the order.
         ours = torch.cat(unpack(log_probs, row))
         theirs = torch.cat([torch.tensor(of_probe) for of_probe in of_engine])

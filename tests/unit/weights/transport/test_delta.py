@@ -45,7 +45,7 @@ def pieces(shapes: list[tuple[int, int]], dtypes: list[str]) -> list[Slice]:
     ]
 
 
-def test_changes_are_told_by_their_bits() -> None:
+def test_changes_are_found_by_their_bits() -> None:
     """A zero that changes its sign is a change, a nan that stays is none."""
     old = torch.tensor([0.0, 1.0, float("nan"), 2.0])
     new = torch.tensor([-0.0, 1.0, float("nan"), 2.5])
@@ -116,7 +116,7 @@ def test_few_changes_are_few_bytes_and_many_are_everything() -> None:
     assert len(changed(101, 2)[1]) == whole
 
 
-def test_changes_to_what_the_receiver_does_not_hold_are_refused() -> None:
+def test_changes_to_a_version_that_the_receiver_does_not_have_are_refused() -> None:
     """An engine that was started anew has nothing; one that missed a version has another."""
     plan, message, copy = changed(30, 2)
     with pytest.raises(TransferError, match=r"t0 on\): changes since version 1, and the engine's rank holds nothing"):
@@ -126,7 +126,7 @@ def test_changes_to_what_the_receiver_does_not_hold_are_refused() -> None:
         open_message(message, plan, "from rank 0", version=2, verify=VERIFY, copy=copy)
 
 
-def test_a_copy_that_has_gone_wrong_is_found_out() -> None:
+def test_a_wrong_copy_is_detected() -> None:
     plan, message, copy = changed(30, 2)
     copy.slices[1000] ^= 1
     with pytest.raises(TransferError, match="changes since version 1 do not make version 2"):
