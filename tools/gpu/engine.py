@@ -37,8 +37,9 @@ def weight_sync(quick: bool) -> Figures:
 
     from megatron_rl.device import this_device
     from megatron_rl.sync.weight_sync import plan_sync, trained_ranks
+    from megatron_rl.weights.plan.rank_plan import RankPlan
     from megatron_rl.weights.plan.ranks import EngineRanks
-    from megatron_rl.weights.transport.exchange import Exchange, Orders
+    from megatron_rl.weights.transport.exchange import Exchange
     from megatron_rl.weights.transport.process_group import ProcessGroupTransport
 
     with tempfile.TemporaryDirectory() as folder:
@@ -48,16 +49,16 @@ def weight_sync(quick: bool) -> Figures:
         engines = EngineRanks(
             num_engines=1, tensor=1, stage_of_layer=(0,) * len(trained.stage_of_layer), first_rank=0, num_experts=0
         )
-        orders = Orders.of(plan_sync(policy, trained, engines, bucket_bytes=256 << 20), 0, engines.expert_rows(0))
+        rank_plan = RankPlan.of(plan_sync(policy, trained, engines, bucket_bytes=256 << 20), 0, engines.expert_rows(0))
         transport = ProcessGroupTransport(policy.groups.world, timeout=timedelta(seconds=60), device=this_device())
-        exchange = Exchange(orders)
+        exchange = Exchange(rank_plan)
         version = 0
 
         def shards() -> None:
             nonlocal version
             version += 1
             feed = lambda loader: exchange.run(policy.parameters, loader, transport, version=version)  # noqa: E731
-            engine.load_shards(orders.shard, feed, version=version)
+            engine.load_shards(rank_plan.shard, feed, version=version)
 
         def whole() -> None:
             engine.load_weights(policy.hf_tensors(bucket_bytes=256 << 20), version=version)
