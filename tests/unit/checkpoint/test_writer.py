@@ -104,6 +104,8 @@ def test_damage_of_any_file_is_found_and_named(tmp_path: Path, name: str, damage
     write(tmp_path, 3)
     folder = iteration_folder(tmp_path, 3)
     assert _problem(folder) is None
+    if name == "common.pt" and not (folder / name).exists():
+        name = ".metadata"  # from 0.19 on core keeps what all ranks share in the .distcp files
     (folder / name).write_bytes(damage((folder / name).read_bytes()))
     assert str(folder / name) in str(_problem(folder))
 
