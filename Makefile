@@ -1,10 +1,10 @@
 # Two commands matter: `make quickstart` and `make test`. Each sets up .venv by itself.
-#   PYTHON=python3.11        the interpreter that .venv is made from
+#   PYTHON=python3.11        the interpreter that .venv is made from; python3.12 has the same locked releases
 #   TORCH_INDEX_URL=...      an index of PyTorch's CPU wheels, where pip would otherwise take the CUDA build
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_FLAGS := --quiet --quiet --disable-pip-version-check --no-deps $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+PIP_FLAGS := --quiet --quiet --disable-pip-version-check --no-deps --ignore-requires-python $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
 .PHONY: setup quickstart gsm8k test test-all test-core-versions gates clean
 

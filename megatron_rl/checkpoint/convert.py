@@ -41,6 +41,7 @@ from megatron_rl.checkpoint.hf_export import (
 )
 from megatron_rl.checkpoint.integrity import check_files, loading, stored_dtypes
 from megatron_rl.checkpoint.stored_names import names_of, tensors_to_load, tensors_to_save
+from megatron_rl.checkpoint.writer import write_now
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import check_weights, read_json_object, read_model_shape
 from megatron_rl.config.schema import ParallelConfig
@@ -189,7 +190,7 @@ def hf_to_megatron(*, hf_path: Path, output: Path, verify: bool = False) -> floa
         with _whole_or_nothing(output) as partial:
             folder = iteration_folder(partial, 0)
             folder.mkdir(parents=True)
-            dist_checkpointing.save({"model": tensors_to_save(model.gpt)}, str(folder))
+            write_now({"model": tensors_to_save(model.gpt)}, folder)
             (partial / LATEST).write_text("0\n")
         return largest_difference(model.gpt, hf_path, hf) if verify else None
 

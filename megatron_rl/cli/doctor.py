@@ -203,7 +203,7 @@ _CALLS = (
 _TEXT = {
     "vllm/entrypoints": (
         *('"/health"', '"/pause"', '"/resume"', '"/collective_rpc"', '"/reset_prefix_cache"'),
-        '"/inference/v1/generate"',
+        *('"/inference/v1/generate"', '"/update_weight_version"', "enable_scale_out"),
     ),
     "vllm/envs.py": (
         *("VLLM_BATCH_INVARIANT", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_SERVER_DEV_MODE", "VLLM_LOGGING_LEVEL"),

@@ -148,7 +148,8 @@ def padding_mask(config: Any, groups: Groups, part: MicroBatchPart, *, first_chu
 
 
 def scale_auxiliary_losses(config: Any, groups: Groups, num_tokens: int) -> None:
-    """Set the scale of core's load-balancing losses for the passes that follow; collective over groups.dp.
+    """Set the scale of the auxiliary losses for the passes that follow: they are sums over a rank's tokens, see
+    `models.layers.PackedRouter`, and become means over the global batch; collective over groups.dp.
 
     Args:
         config: of the model; without experts nothing is done.
@@ -158,8 +159,7 @@ def scale_auxiliary_losses(config: Any, groups: Groups, num_tokens: int) -> None
     if not config.num_moe_experts:
         return
     (total,) = reduce_counts([float(num_tokens)], groups.dp)
-    sharing = groups.cp.size() * (groups.tp.size() if config.sequence_parallel else 1)
-    scale = sharing / total
+    scale = 1 / total
 
     def scaled(value: Tensor) -> Tensor:
         # Core asks for the scale of the auxiliary losses with a constant, and for that of the loss with the loss.

@@ -26,7 +26,6 @@ from megatron_rl.rollout.address import EngineLost
 from megatron_rl.rollout.hosting import HostedServer
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
 from megatron_rl.rollout.server import EngineServer
-from megatron_rl.rollout.server_features import names_weight_versions, opens_token_door_on_request
 from megatron_rl.weights.plan.rank_plan import RankPlan
 from megatron_rl.weights.transport.sockets import Endpoint
 
@@ -139,8 +138,7 @@ class RemoteEngine:
         errors = [worker["error"] for worker in workers if "error" in worker]
         if errors:
             raise EngineLost(errors[0])
-        if names_weight_versions():
-            address.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=_CONTROL_SECONDS)
+        address.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=_CONTROL_SECONDS)
         address.post("/reset_prefix_cache", reset_running_requests="true", timeout_seconds=_CONTROL_SECONDS)
         address.post("/resume", timeout_seconds=_CONTROL_SECONDS)
         self.weight_version = version
@@ -247,9 +245,8 @@ def server_arguments(rollout: RolloutConfig, *, dtype: str, seed: int, max_model
         "max_num_seqs": rollout.max_num_seqs,
         "seed": seed,
         "enforce_eager": rollout.enforce_eager,
+        "enable_scale_out": True,  # opens /inference/v1/generate, which takes and gives token ids
     }
-    if opens_token_door_on_request():
-        chosen["enable_scale_out"] = True
     if HAS_CUDA:
         chosen["gpu_memory_utilization"] = rollout.gpu_memory_utilization
     else:

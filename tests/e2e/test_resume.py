@@ -100,7 +100,6 @@ def truncate(content: bytes) -> bytes:
     [
         pytest.param("__0_0.distcp", flip),
         pytest.param("__1_1.distcp", truncate, marks=pytest.mark.slow),
-        pytest.param("common.pt", flip, marks=pytest.mark.slow),
         pytest.param(".metadata", truncate, marks=pytest.mark.slow),
         pytest.param("metadata.json", truncate, marks=pytest.mark.slow),
     ],
