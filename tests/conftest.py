@@ -5,6 +5,7 @@ Property tests draw the same examples at every run, so that a failure is a chang
 """
 
 import os
+import tempfile
 from collections import Counter
 
 import pytest
@@ -19,6 +20,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", metavar="I/N", help="run one of N parts of about equal length, see tests/parts.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist, which has the variable from the first process
+        return
+    folder = tempfile.TemporaryDirectory(prefix="megatron_rl_tests_", ignore_cleanup_errors=True)
+    os.environ["TESTS_SESSION_FOLDER"] = folder.name
+    config.add_cleanup(folder.cleanup)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m deselects: a part holds the same tests with and without it
