@@ -8,9 +8,11 @@ runs watches where the main thread is. There it stops the whole process with SIG
 for the test to kill it. The command line of a stopped run is that of an undisturbed one; the environment says where.
 """
 
+import atexit
 import fcntl
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.runs.directory import RunDirectory
 from megatron_rl.runs.metrics_log import read_metrics
+from tests.e2e.forked_ranks import ForkedRanks
 from tools.make_arithmetic import main as make_arithmetic
 
 NUM_STEPS = 4
@@ -173,6 +176,21 @@ class Run:
         assert ended.code == 0, ended.stderr[-4000:]
         return self
 
+    def train_forked(self) -> "Run":
+        """Train to the end, which must be a good one, in ranks that need not import anything: without the launcher."""
+        sizes = json.loads((self.folder / "run.yaml").read_text())["parallel"]
+        kinds = ("tensor_model", "pipeline_model", "context", "data")
+        ranks = _forked_ranks()
+        ranks.start(self.folder, num_ranks=math.prod(sizes.get(f"{kind}_parallel_size", 1) for kind in kinds))
+        try:
+            codes = ranks.wait()
+        except BaseException:
+            ranks.kill(*range(len(ranks.pids)))
+            raise
+        logs = (self.folder / f"rank_{rank}.log" for rank in range(len(codes)))
+        assert not any(codes), "\n".join(log.read_text()[-4000:] for log in logs)
+        return self
+
     def kill_inside(self, place: str, *, after_rows: int) -> None:
         """Train until rank 0 is in a function, and end everything there with SIGKILL: launcher, ranks and guard.
 
@@ -268,6 +286,13 @@ def material() -> Path:
 def reference() -> Run:
     """The run of `CONFIG`, undisturbed; trained once per session and not to be changed."""
     return Run.at(_made_once("reference", lambda folder: Run(folder).succeed()))
+
+
+@functools.cache
+def _forked_ranks() -> ForkedRanks:
+    ranks = ForkedRanks().__enter__()
+    atexit.register(ranks.__exit__, None, None, None)
+    return ranks
 
 
 def _made_once(name: str, make: Callable[[Path], object]) -> Path:
