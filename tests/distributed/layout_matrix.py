@@ -5,6 +5,7 @@ on one process, and the same objective is applied to all of them at once. A step
 every gradient tensor, joined to its full shape under its Hugging Face name.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, product
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
 from megatron_rl.config.schema import (
@@ -185,30 +187,24 @@ def step_of_transformers(folder: Path, loss: str, dtype: torch.dtype) -> Step:
         entropies.append(-(distribution.exp() * distribution).sum(-1))
     value, metrics = objective_of(loss, batch)(torch.cat(log_probs), torch.cat(entropies), micro_batch)
     value.backward()
-    gradients: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradients |= as_stored(name, parameter.grad, stacked=model.config.model_type == "gpt_oss")
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = as_stored(model, found)
     norm = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
     return reduce_metrics(metrics, None) | {"optim/grad_norm": norm}, gradients
 
 
-def as_stored(name: str, gradient: torch.Tensor, *, stacked: bool) -> dict[str, torch.Tensor]:
-    """By the names of the checkpoint, which keeps the experts apart that transformers' model stacks; if it stacks them
-    as well, the parts have the number of the expert behind the name."""
-    prefix, experts, kind = name.partition(".mlp.experts.")
-    if not experts:
-        return {name: gradient}
-    if stacked:
-        return {f"{name}[{expert}]": of_expert for expert, of_expert in enumerate(gradient)}
-    parts = {"down_proj": gradient}
-    if kind == "gate_up_proj":
-        parts = dict(zip(("gate_proj", "up_proj"), gradient.chunk(2, dim=1), strict=True))
-    return {
-        f"{prefix}{experts}{expert}.{part}.weight": of_all[expert]
-        for part, of_all in parts.items()
-        for expert in range(len(gradient))
-    }
+def as_stored(model: PreTrainedModel, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients by the names that transformers saves their parameters under, which may differ from the model's own
+    names (Mixtral) and keep apart the experts that the model stacks.
+
+    A checkpoint that stacks its experts as well (GPT-OSS) has the number of the expert behind the name here."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, gradient in revert_weight_conversion(model, gradients).items():
+        if re.search(r"\.mlp\.experts\.[a-z]", name):
+            stored |= {f"{name}[{expert}]": of_expert for expert, of_expert in enumerate(gradient)}
+        else:
+            stored[name] = gradient
+    return stored
 
 
 def visit(rank: int, folder: Path, cases: list[Case], expected: Path) -> list[str]:
