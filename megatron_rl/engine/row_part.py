@@ -6,8 +6,7 @@ So losses see whole rows at any layout.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -55,9 +54,7 @@ class RowPart:
     def of(row: PackedRow, groups: Groups, *, multiple: int, at_least: int = 0) -> "RowPart":
         """This rank's part: a multiple of `multiple` tokens long, and at least `at_least`."""
         size = groups.cp.size()
-        tensors: Any = {name: value.to(this_device()) for name, value in vars(row).items() if isinstance(value, Tensor)}
-        per_token = {name: value.to(this_device()) for name, value in row.per_token.items()}
-        moved = replace(row, **tensors, per_token=per_token)
+        moved = row.to(this_device())
         num_real = int(row.cu_seqlens[len(row.sequence_ids)])
         if size == 1 and len(row.tokens) % multiple == 0 and len(row.tokens) >= at_least:
             params = _packed_seq_params(moved.cu_seqlens, row.max_seqlen)
