@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rl.data.packing import PackedRow
 from megatron_rl.device import this_device
+from megatron_rl.models.attention import packed_seq_params
 from megatron_rl.parallel.context_parallel import ContextSplit, gather_outputs
 from megatron_rl.parallel.fused_linear_logits_loss import OfLogits
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses, Tokens
@@ -57,7 +58,7 @@ class RowPart:
         moved = row.to(this_device())
         num_real = int(row.cu_seqlens[len(row.sequence_ids)])
         if size == 1 and len(row.tokens) % multiple == 0 and len(row.tokens) >= at_least:
-            params = _packed_seq_params(moved.cu_seqlens, row.max_seqlen)
+            params = packed_seq_params(moved.cu_seqlens, row.max_seqlen)
             padding = None
             if num_real < len(row.tokens):
                 padding = torch.arange(len(row.tokens), device=this_device()) >= num_real
@@ -70,7 +71,7 @@ class RowPart:
             tokens=moved.tokens[slots],
             labels=moved.labels[slots],
             position_ids=split.position_ids.to(this_device()),
-            packed_seq_params=_packed_seq_params(split.cu_seqlens.to(this_device()), split.max_seqlen),
+            packed_seq_params=packed_seq_params(split.cu_seqlens.to(this_device()), split.max_seqlen),
             is_padding=split.is_padding.to(this_device()) | (slots >= num_real),
             slots=slots,
             restore=split.restore.to(this_device()),
@@ -116,15 +117,3 @@ def parts_of_rows(rows: Sequence[PackedRow], groups: Groups, *, multiple: int, e
     return [
         RowPart.of(row, groups, multiple=multiple, at_least=length) for row, length in zip(rows, longest, strict=True)
     ]
-
-
-def _packed_seq_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=cu_seqlens,
-        cu_seqlens_kv_padded=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-    )
