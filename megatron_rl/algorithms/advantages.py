@@ -20,8 +20,8 @@ not read, and credit passes across them. `values[t]` is the value of the state i
 rewards, log-probs and the mask are aligned: one number per decision. Rewards on masked tokens count for nothing; put an
 episode's reward on its last trained token (`reward_shaping`).
 
-The recurrence A_k = delta_k + gamma lambda A_{k+1} runs over all sequences of a row at once by doubling: log2(T) vector
-operations, no loop over tokens.
+The recurrence A_k = delta_k + gamma lambda A_{k+1} runs over all sequences of a micro-batch at once by doubling:
+log2(T) vector operations, no loop over tokens.
 """
 
 from dataclasses import dataclass

@@ -25,8 +25,8 @@ mean is the one that has the same scale at every length.
 
 Every function returns one value per token, the same on all tokens of a completion, so that any aggregation applies;
 `sequence_mean_token_mean` makes of it the mean over completions that the papers print. They see whole sequences: under
-context parallelism gather the row's log-probs first. `ppo_clip_metrics` describes them when it is given the log-ratios
-of `importance.log_ratios` and zeros for the old policy.
+context parallelism gather the micro-batch's log-probs first. `ppo_clip_metrics` describes them when it is given the
+log-ratios of `importance.log_ratios` and zeros for the old policy.
 """
 
 import torch

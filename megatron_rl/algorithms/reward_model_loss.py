@@ -1,4 +1,4 @@
-"""Fitting a reward model: to preferences (Bradley-Terry), to judged steps (process), to scores (regression).
+"""Fitting a reward model: to preferences (Bradley-Terry), to labelled steps (process), to scores (regression).
 
 A Bradley-Terry reward is determined up to a constant per prompt, and its scale is that of log-odds. Any monotonic
 transformation of a reward ranks alike, but a policy trained on it is another one, for its probabilities are
@@ -42,11 +42,11 @@ def bradley_terry_loss(
 
 
 def process_reward_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross entropy of the judgement of each step, to be minimised.
+    """Binary cross entropy of the label of each step, to be minimised.
 
         L_t = -(y_t log sigmoid(x_t) + (1 - y_t) log(1 - sigmoid(x_t)))
 
-    Which tokens are judged (the last of each step) is the mask's affair.
+    The mask says which tokens carry a label: the last of each step.
 
     Source: Lightman et al. 2023, arXiv:2305.20050, section 2.4; soft labels: Math-Shepherd, arXiv:2312.08935, eq. 3.
 
@@ -89,6 +89,6 @@ def reward_regression_loss(rewards: Tensor, targets: Tensor, *, huber_delta: flo
 
 @torch.no_grad()
 def process_reward_metrics(logits: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Metric]:
-    """process_reward/accuracy: judged steps (mask 1) on whose side of 1/2 the model is; all [T]."""
+    """process_reward/accuracy: labelled steps (mask 1) on whose side of 1/2 the model is; all [T]."""
     agree = (logits > 0) == (labels > 0.5)
     return {"process_reward/accuracy": masked_mean(agree.double(), mask)}

@@ -92,7 +92,7 @@ def combined_loss(
     entropy: tuple[Tensor, float] | None = None,
     kl: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = policy + c_v value loss - c_e entropy + c_k KL, over one packed row's share of the global batch.
+    """L = policy + c_v value loss - c_e entropy + c_k KL, over one micro-batch's share of the global batch.
 
     The entropy is *subtracted*: a bonus, as in PPO (arXiv:1707.06347, eq. 9). Where
     -sum pi log pi is printed as an "entropy loss" that is added with a positive coefficient, exploration is punished.

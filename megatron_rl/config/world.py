@@ -22,7 +22,7 @@ def number_of_engines(config: Config, num_ranks: int) -> int:
 
 
 def replica_ranks(parallel: ParallelConfig) -> int:
-    """Ranks that hold one replica of the model and share its rows."""
+    """Ranks that hold one replica of the model and share its micro-batches."""
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
@@ -128,7 +128,7 @@ def check_experts(config: Config, shape: ModelShape) -> None:
         if not shape.num_experts:
             refuse("model.moe_routing_replay", True, "false for a model without experts")
         if config.model.recompute_granularity == "full" and parallel.pipeline_model_parallel_size > 1:
-            # The backward pass chooses anew, of a row that another one has followed by then.
+            # The backward pass chooses anew, of a micro-batch that another one has followed by then.
             refuse("model.moe_routing_replay", True, "false with recompute_granularity full in a pipeline")
     if not shape.num_experts:
         for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
@@ -164,7 +164,7 @@ def _check_balancing(config: Config) -> None:
     if kind not in _BALANCING_TYPES:
         # Core's others count by the padded batch or by the micro-batches so far, and would depend on the packing.
         key = "model.transformer_config.moe_router_load_balancing_type"
-        refuse(key, kind, ", ".join(_BALANCING_TYPES) + ": rows hold several sequences, in any order")
+        refuse(key, kind, ", ".join(_BALANCING_TYPES) + ": micro-batches hold several sequences, in any order")
     if kind == "none" and fields.get("moe_aux_loss_coeff"):
         key = "model.transformer_config.moe_aux_loss_coeff"
         refuse(key, fields["moe_aux_loss_coeff"], "0 without moe_router_load_balancing_type aux_loss")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import read_json_object
-from megatron_rl.config.numerics import megatron_numerics, row_multiple
+from megatron_rl.config.numerics import megatron_numerics, token_multiple
 from megatron_rl.config.schema import AdamImplementation, Dtype, LayerSpec, ModelConfig, ParallelConfig
 from megatron_rl.engine.head import LogProbHead
 from megatron_rl.engine.quantized_layers import fake_quantize
@@ -42,7 +42,7 @@ class Policy:
         models: this rank's GPTModels, one per virtual pipeline stage; without those, one.
         chunks: the same, wrapped in core's DistributedDataParallel.
         choices: layers, kernels and Adam that this machine and the configuration gave.
-        row_multiple: tokens that the part of a row which a rank computes is a multiple of.
+        token_multiple: tokens that the part of a micro-batch which a rank computes is a multiple of.
         parameters: of all of them, by the names of the family's table.
     """
 
@@ -75,7 +75,7 @@ class Policy:
         self.maps = family_of(self.hf).tensor_maps(self.hf)
         self.dtype = TORCH_DTYPES[model.params_dtype]
         self.choices = choose(capabilities(), model, optimizer)
-        self.row_multiple = row_multiple(model, parallel)
+        self.token_multiple = token_multiple(model, parallel)
         self.config = self._transformer_config(model, parallel)
         self.models = self._build_models(parallel.virtual_pipeline_model_parallel_size or 1)
         if model.quantization is not None:
@@ -150,7 +150,7 @@ class Policy:
         return hf
 
     def _install_head(self) -> None:
-        """Decide what the last stage gives for a row."""
+        """Decide what the last stage gives for a micro-batch."""
         self.head: Any = LogProbHead(self.models[-1], self.groups, self.hf["vocab_size"])
 
     def export_config(self) -> dict[str, Any] | None:

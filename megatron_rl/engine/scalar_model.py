@@ -1,6 +1,6 @@
 """A model over the training ranks that gives one number per token: a critic, an outcome or a process reward model.
 
-It is a policy in all but its head, so that the optimizer, the passes over packed rows and the checkpoints work on it
+It is a policy in all but its head, so that the optimizer, the passes over micro-batches and the checkpoints work on it
 as they do on a policy. It starts from a language model, whose output layer it leaves out, or from a Hugging Face
 classifier, whose `score` it takes; it is written as a classifier.
 
@@ -12,9 +12,9 @@ not name them, so that engines and exported checkpoints get the language model a
 
 The critic of an actor-critic run: a value per token, fitted to the returns of each step by an optimizer of its own.
 
-Its backbone is separate from the policy's, on the same ranks and rows, with other weights (a shared one is in
-`engine/scalar_model.py`). Before the first update of a step it values the tokens of all rows; from these values come
-the advantages, the returns that it is fitted to, and the bounds of its clip.
+Its backbone is separate from the policy's, on the same ranks and micro-batches, with other weights (a shared one is in
+`engine/scalar_model.py`). Before the first update of a step it values the tokens of all micro-batches; from these
+values come the advantages, the returns that it is fitted to, and the bounds of its clip.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_rl.config.hf_checkpoint import read_json_object
 from megatron_rl.config.schema import Config, ModelConfig, ParallelConfig
-from megatron_rl.data.packing import NEW_VALUES, PackedRow
+from megatron_rl.data.packing import NEW_VALUES, MicroBatch
 from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
@@ -132,10 +132,10 @@ class Critic:
     model: ScalarModel
     optimizer: Optimizer
 
-    def add_values(self, rows: Sequence[PackedRow]) -> None:
-        """Give the rows `values`, [T], of the critic as it is now."""
-        for row, values in zip(rows, forward_values(self.model, rows), strict=True):
-            row.per_token["values"] = values
+    def add_values(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Give the micro-batches `values`, [T], of the critic as it is now."""
+        for micro_batch, values in zip(micro_batches, forward_values(self.model, micro_batches), strict=True):
+            micro_batch.per_token["values"] = values
 
 
 def build_critic(config: Config, groups: Groups, *, num_steps: int) -> Critic:

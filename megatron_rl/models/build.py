@@ -114,8 +114,9 @@ def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dic
     fields |= family_of(hf).transformer_fields(hf) | overrides
     fields["activation_func"] = _ACTIVATIONS[fields["activation_func"]]
     kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
-    # Core refuses rows of different lengths where tokens are gathered for their experts, since gathered parts must be
-    # equally long. They are: engine/row_part.py fills up what ranks compute at the same time to one length.
+    # Core refuses micro-batches of different lengths where tokens are gathered for their experts, since gathered parts
+    # must be equally long. They are: engine/micro_batch_part.py fills up what ranks compute at the same time to one
+    # length.
     gathers = bool(fields.get("num_moe_experts")) and fields["moe_token_dispatcher_type"] == "allgather"
     config = kind(**known_arguments(kind, fields | ({"variable_seq_lengths": False} if gathers else {})))
     config.variable_seq_lengths = fields["variable_seq_lengths"]
@@ -136,7 +137,7 @@ def _layout_fields() -> dict[str, Any]:
         context_parallel_size=parallel_state.get_context_parallel_world_size(),
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
-        # The rows of a step differ in length, so pipeline stages tell each other the shape.
+        # The micro-batches of a step differ in length, so pipeline stages tell each other the shape.
         variable_seq_lengths=pipeline_size > 1,
         # With two interleaved stages both neighbours are the same rank. Forward and backward messages in one batch
         # would be taken for each other, so they are sent one by one, and then may overlap with computation.

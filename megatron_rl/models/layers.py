@@ -10,10 +10,12 @@ over the tensor-parallel ranks. This one says so (`sequence_parallel` on the par
 
 Linear layers for the portable specs where core's own do not do: held whole, and of experts with a bias.
 
-Core's router, for rows with padding: what fills a row up counts neither for balance nor for the bias of experts.
+Core's router, for micro-batches with padding: what fills a micro-batch up counts neither for balance nor for the bias
+of experts.
 
-Rows are filled up where the layout asks for it (`engine/row_part.py`), so what padding counted for would depend on the
-layout. Core takes a mask of it; these are the two places where it does not get by with that mask alone.
+Micro-batches are filled up where the layout asks for it (`engine/micro_batch_part.py`), so what padding counted for
+would depend on the layout. Core takes a mask of it; these are the two places where it does not get by with that mask
+alone.
 """
 
 import functools
@@ -120,13 +122,13 @@ class PackedRouter(TopKRouter):
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
     ) -> Tensor:
-        """Attach the load-balancing loss of a row, E * coefficient * sum_i f_i P_i, to the probabilities.
+        """Attach the load-balancing loss of a micro-batch, E * coefficient * sum_i f_i P_i, to the probabilities.
 
-        f_i is the part of the row's choices that expert i got, P_i its mean score (Switch Transformer,
-        arXiv:2101.03961, eq. 4). Core's own divides by the number of tokens, which is 0 in the row of a rank without
-        work; such a row has the loss 0. It also weighs each rank's part of the loss by the tokens that are left of its
-        part of the row, of which padding leaves unequal numbers, and not by the row's. Collective over the ranks that
-        share a row's tokens.
+        f_i is the part of the micro-batch's choices that expert i got, P_i its mean score (Switch Transformer,
+        arXiv:2101.03961, eq. 4). Core's own divides by the number of tokens, which is 0 in the micro-batch of a rank
+        without work; such a micro-batch has the loss 0. It also weighs each rank's part of the loss by the tokens that
+        are left of its part of the micro-batch, of which padding leaves unequal numbers, and not by the micro-batch's.
+        Collective over the ranks that share a micro-batch's tokens.
 
         Args:
             probs: [tokens, E], of which the router's output is made.
@@ -137,9 +139,9 @@ class PackedRouter(TopKRouter):
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if not coefficient or not with_padding_mask:
             return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, with_padding_mask)
-        of_row = reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), self.tp_cp_group)
-        tokens = (of_row.sum() / self.topk).clamp(min=1)
-        parts = of_row / (self.topk * tokens)
+        of_micro_batch = reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), self.tp_cp_group)
+        tokens = (of_micro_batch.sum() / self.topk).clamp(min=1)
+        parts = of_micro_batch / (self.topk * tokens)
         loss = coefficient * self.config.num_moe_experts * (parts * scores_for_aux_loss.sum(dim=0) / tokens).sum()
         return self.attach_and_log_load_balancing_loss(
             probs,

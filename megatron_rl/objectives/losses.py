@@ -1,6 +1,6 @@
 """Policy losses by name, and the user's own.
 
-A loss is a function of one packed row that names what it needs and returns [T], one loss per token, before mask and
+A loss is a function of one micro-batch that names what it needs and returns [T], one loss per token, before mask and
 division:
 
     log_probs        [T] of the policy, with its gradient        advantages      [T]
@@ -10,9 +10,9 @@ division:
 
 Beside each loss stand the metrics that describe the same tokens; a loss of one's own gets those of the ratio.
 
-Losses on judged completions by name, and the user's own.
+Losses on preference data by name, and the user's own.
 
-A loss is a function of what it names, over the pairs or the single completions of one packed row, and returns one loss
+A loss is a function of what it names, over the pairs or the single completions of one micro-batch, and returns one loss
 for each. What it names decides what data it is given:
 
     chosen, rejected, ref_chosen, ref_rejected   [P], of pairs: log-probs of policy and reference, or, without the
@@ -28,7 +28,8 @@ Losses of supervised fine-tuning by name, and the user's own: functions of what 
     log_probs        [n] of the target tokens
     mean_log_probs   [n] mean of all log-probs at each position
 
-A loss sees tokens apart from each other, in pieces of a row: its gradient can then be formed while the head computes.
+A loss sees tokens apart from each other, in pieces of a micro-batch: its gradient can then be formed while the head
+computes.
 """
 
 from collections.abc import Callable
@@ -98,48 +99,48 @@ def resolve_policy_loss(config: PolicyLossConfig) -> Bound:
     return bind(config.name, function, key=POLICY_LOSS_KEY, offered=OFFERED, args=config.args, settings=settings)
 
 
-def loss_metrics(config: PolicyLossConfig, row: dict[str, Any]) -> dict[str, Metric]:
+def loss_metrics(config: PolicyLossConfig, values: dict[str, Any]) -> dict[str, Metric]:
     """How far the policy moved, and what the configured loss did about it.
 
     Args:
-        row: the values of `OFFERED`.
+        values: the values of `OFFERED`.
     """
-    return _METRICS.get(config.name, _of_unclipped)(config, row)
+    return _METRICS.get(config.name, _of_unclipped)(config, values)
 
 
-def _of_tokens(config: PolicyLossConfig, row: dict[str, Any]) -> dict[str, Metric]:
-    return _clip_metrics(config, row, row["log_probs"], row["old_log_probs"])
+def _of_tokens(config: PolicyLossConfig, values: dict[str, Any]) -> dict[str, Metric]:
+    return _clip_metrics(config, values, values["log_probs"], values["old_log_probs"])
 
 
-def _of_completions(config: PolicyLossConfig, row: dict[str, Any]) -> dict[str, Metric]:
+def _of_completions(config: PolicyLossConfig, values: dict[str, Any]) -> dict[str, Metric]:
     level: Level = "sequence" if config.name == "ppo_trajectory" else "geometric"
     ratios = log_ratios(
-        row["log_probs"].detach(), row["old_log_probs"], row["loss_mask"], row["cu_seqlens"], level=level
+        values["log_probs"].detach(), values["old_log_probs"], values["loss_mask"], values["cu_seqlens"], level=level
     )
-    return _clip_metrics(config, row, ratios, ratios.new_zeros(ratios.shape))
+    return _clip_metrics(config, values, ratios, ratios.new_zeros(ratios.shape))
 
 
-def _clip_metrics(config: PolicyLossConfig, row: dict[str, Any], new: Tensor, old: Tensor) -> dict[str, Metric]:
+def _clip_metrics(config: PolicyLossConfig, values: dict[str, Any], new: Tensor, old: Tensor) -> dict[str, Metric]:
     return ppo_clip_metrics(
         new,
         old,
-        row["advantages"],
-        row["loss_mask"],
+        values["advantages"],
+        values["loss_mask"],
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
     )
 
 
-def _of_unclipped(config: PolicyLossConfig, row: dict[str, Any]) -> dict[str, Metric]:
-    found = _of_tokens(config, row)
+def _of_unclipped(config: PolicyLossConfig, values: dict[str, Any]) -> dict[str, Metric]:
+    found = _of_tokens(config, values)
     return {name: metric for name, metric in found.items() if not name.startswith("policy/clip_fraction")}
 
 
-def _of_cispo(config: PolicyLossConfig, row: dict[str, Any]) -> dict[str, Metric]:
+def _of_cispo(config: PolicyLossConfig, values: dict[str, Any]) -> dict[str, Metric]:
     bounds = dict(clip_low=config.clip_low, clip_high=config.clip_high)
-    found = cispo_metrics(row["log_probs"], row["old_log_probs"], row["loss_mask"], **bounds)
-    return _of_unclipped(config, row) | found
+    found = cispo_metrics(values["log_probs"], values["old_log_probs"], values["loss_mask"], **bounds)
+    return _of_unclipped(config, values) | found
 
 
 _METRICS: dict[str, LossMetrics] = {

@@ -69,7 +69,7 @@ def read_states(folder: Path) -> list[RankState]:
     return sorted(states, key=lambda state: state.rank)
 
 
-def verdict(states: Sequence[RankState], *, now: float | None = None) -> str:
+def hang_report(states: Sequence[RankState], *, now: float | None = None) -> str:
     """One line: which ranks wait for which, in what.
 
     In the order of certainty: ranks that are silent; ranks that wait in no collective; ranks that have entered fewer
@@ -145,7 +145,7 @@ def diagnosis(run: RunDirectory, *, now: float | None = None) -> list[str]:
 
 
 def _condition(run: RunDirectory, states: Sequence[RankState], *, finished: bool, now: float) -> str:
-    alarm = run.hang_dir / "verdict.txt"
+    alarm = run.hang_dir / "hang_report.txt"
     failed = [state for state in states if state.ended not in (None, "done")]
     told = [state for state in failed if str(state.ended).startswith("Interrupted")]
     if alarm.exists():
@@ -164,8 +164,8 @@ def _condition(run: RunDirectory, states: Sequence[RankState], *, finished: bool
         return f"dead: no rank has said anything for {_age(now - last)}, and none said why; the same command goes on"
     silent = [state for state in states if state.silent_for(now) or not _is_alive(state)]
     if silent:
-        return f"hanging: {verdict(states, now=now)}"
-    return f"running: {verdict(states, now=now).removesuffix(', over its limit')}"
+        return f"hanging: {hang_report(states, now=now)}"
+    return f"running: {hang_report(states, now=now).removesuffix(', over its limit')}"
 
 
 def _is_alive(state: RankState) -> bool:

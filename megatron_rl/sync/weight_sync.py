@@ -63,7 +63,7 @@ class WeightSync:
             prompts: the first few serve as probes of `sync.verify`.
             config: transport, buckets, verification, limits.
             quantization: the format that the engine rounds weights to, if it does.
-            pad_to_multiple: rows are this long or a multiple of it.
+            pad_to_multiple: micro-batches are this long or a multiple of it.
         """
         self.policy, self.engine, self.config = policy, engine, config
         self._quantization, self._pad_to_multiple = quantization, pad_to_multiple
@@ -144,9 +144,9 @@ class WeightSync:
         sequences = [
             TrainingSequence(torch.tensor(ids).numpy(), torch.ones(len(ids) - 1).numpy()) for ids in self.probes
         ]
-        # The same row on every data-parallel rank: each verifies its own engine.
-        row = pack(sequences, range(len(sequences)), pad_to_multiple=self._pad_to_multiple)
-        ((log_probs, _),) = forward_log_probs(self.policy, [row])
+        # The same micro-batch on every data-parallel rank: each verifies its own engine.
+        micro_batch = pack(sequences, range(len(sequences)), pad_to_multiple=self._pad_to_multiple)
+        ((log_probs, _),) = forward_log_probs(self.policy, [micro_batch])
         if isinstance(self.engine, NoEngine):
             return
         try:
@@ -154,7 +154,7 @@ class WeightSync:
         except EngineLost:
             return  # it has died since; whoever asks it next finds that, and it is sent and probed again
         # Joined before the maximum is taken: torch's is nan if one is, Python's depends on the order.
-        ours = torch.cat(unpack(log_probs, row))
+        ours = torch.cat(unpack(log_probs, micro_batch))
         theirs = torch.cat([torch.tensor(of_probe) for of_probe in of_engine])
         difference = float((ours - theirs).abs().max())
         if not difference <= self.config.verify_tolerance:

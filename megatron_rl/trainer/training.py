@@ -15,7 +15,7 @@ from megatron_rl.checkpoint.hf_export import export_hf
 from megatron_rl.checkpoint.training_state import POLICY, Trained, resume
 from megatron_rl.checkpoint.writer import CheckpointWriter
 from megatron_rl.config.errors import Interrupted
-from megatron_rl.config.numerics import row_multiple
+from megatron_rl.config.numerics import token_multiple
 from megatron_rl.config.schema import Config
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.head import Extra
@@ -129,8 +129,8 @@ class Training:
 
     @property
     def pad_to_multiple(self) -> int:
-        """Rows are this long or a multiple of it."""
-        return row_multiple(self.config.model, self.config.parallel)
+        """Micro-batches are this long or a multiple of it."""
+        return token_multiple(self.config.model, self.config.parallel)
 
     def minibatch(
         self, sequences: Sequence[TrainingSequence], indices: Sequence[int], *, together: int = 1
@@ -143,7 +143,7 @@ class Training:
             self.groups,
             micro_batch_tokens=self.config.train.micro_batch_tokens,
             pad_to_multiple=self.pad_to_multiple,
-            num_rows_multiple=parallel.pipeline_model_parallel_size
+            num_micro_batches_multiple=parallel.pipeline_model_parallel_size
             if parallel.virtual_pipeline_model_parallel_size
             else 1,
             together=together,

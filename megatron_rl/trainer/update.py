@@ -63,7 +63,7 @@ class Updates:
         self.flops += model.sizes.training_flops(batch.lengths)
         optimizer.zero_grad()
         with model.routing.replaying():
-            metrics = forward_backward(model, batch.rows, objective, temperature=temperature, extras=extras)
+            metrics = forward_backward(model, batch.micro_batches, objective, temperature=temperature, extras=extras)
         bad_losses = metrics.pop(NON_FINITE_LOSSES).value if metrics else 0.0
         (bad_losses,) = reduce_counts([bad_losses], self._groups.world)
         accepts = partial(self._accepts, metrics) if guarded and self._config.guards else None
@@ -79,7 +79,7 @@ class Updates:
         }
 
     def _on_non_finite(self, grad_norm: float, bad_losses: float) -> None:
-        what = f"the gradient norm is {grad_norm}, and the loss of {bad_losses:g} rows is not finite"
+        what = f"the gradient norm is {grad_norm}, and the loss of {bad_losses:g} micro-batches is not finite"
         if self._config.optimizer.on_non_finite is NonFinite.rollback:
             raise RollBack(what)
         if self._config.optimizer.on_non_finite is NonFinite.stop:

@@ -1,8 +1,8 @@
 """Every legal layout of a number of ranks, what one step gives there, and what transformers says it must give.
 
-The reference knows nothing of Megatron, rows or ranks: each sequence goes through transformers' model alone, on one
-process, and the same objective is applied to all of them at once. A step at a layout must give its metrics and every
-gradient tensor, joined to its full shape under its Hugging Face name.
+The reference knows nothing of Megatron, micro-batches or ranks: each sequence goes through transformers' model alone,
+on one process, and the same objective is applied to all of them at once. A step at a layout must give its metrics and
+every gradient tensor, joined to its full shape under its Hugging Face name.
 """
 
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ from tests.distributed.training_ranks import recorded_rollouts
 TEMPERATURE = 0.8
 LOSSES = ("sft", "grpo", "ppo")
 MICRO_BATCH_TOKENS = (1, 24, 4096)
-"""One sequence in a row, a few, all of a rank's."""
+"""One sequence in a micro-batch, a few, all of a rank's."""
 
 
 # The contract's bound. float32 rounds at 6e-8, and a gradient sums over 100 tokens and passes 4 layers. Its error is
@@ -98,7 +98,7 @@ def layouts(num_ranks: int, *, experts: int = 0, whole_experts: bool = False) ->
 
 
 GATHERING = (("transformer_config", {"moe_token_dispatcher_type": "allgather"}),)
-"""Megatron's other way of sending tokens to experts, which gathers rows that are filled up to one length."""
+"""Megatron's other way of sending tokens to experts, which gathers micro-batches that are filled up to one length."""
 
 
 def placements(num_ranks: int, **experts: Any) -> Iterator[tuple[dict[str, Any], tuple[tuple[str, Any], ...]]]:
@@ -175,13 +175,15 @@ def step_of_transformers(folder: Path, loss: str, dtype: torch.dtype) -> Step:
     sequences = sequences_of(loss)
     alone: Any = SimpleNamespace(dp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
     batch = MiniBatch.of(sequences, range(len(sequences)), alone, micro_batch_tokens=4096, pad_to_multiple=1)
-    (row,) = batch.rows
+    (micro_batch,) = batch.micro_batches
     log_probs, entropies = [], []
-    for tokens, labels in zip(unpack(row.tokens, row), unpack(row.labels, row), strict=True):
+    for tokens, labels in zip(
+        unpack(micro_batch.tokens, micro_batch), unpack(micro_batch.labels, micro_batch), strict=True
+    ):
         distribution = (model(tokens[None]).logits[0] / TEMPERATURE).log_softmax(-1)
         log_probs.append(distribution.gather(1, labels[:, None])[:, 0])
         entropies.append(-(distribution.exp() * distribution).sum(-1))
-    value, metrics = objective_of(loss, batch)(torch.cat(log_probs), torch.cat(entropies), row)
+    value, metrics = objective_of(loss, batch)(torch.cat(log_probs), torch.cat(entropies), micro_batch)
     value.backward()
     gradients: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -251,10 +253,10 @@ class Stepper:
             groups,
             micro_batch_tokens=case.micro_batch_tokens,
             pad_to_multiple=1,
-            num_rows_multiple=groups.pp.size() if self.parallel.virtual_pipeline_model_parallel_size else 1,
+            num_micro_batches_multiple=groups.pp.size() if self.parallel.virtual_pipeline_model_parallel_size else 1,
         )
         self.optimizer.zero_grad()
-        found = forward_backward(policy, batch.rows, objective_of(case.loss, batch), temperature=TEMPERATURE)
+        found = forward_backward(policy, batch.micro_batches, objective_of(case.loss, batch), temperature=TEMPERATURE)
         metrics = reduce_metrics(found, groups.world)
         self.optimizer.megatron.prepare_grads()
         metrics["optim/grad_norm"] = float(self.optimizer.megatron.get_grad_norm())

@@ -52,7 +52,7 @@ def run_of(folder: Path, preset: str, recipe: str = "rl", **sections: dict[str, 
     return run
 
 
-def judged_run(
+def preference_run(
     folder: Path, preset: str, recipe: str, rows: list[dict[str, Any]], *, global_batch_size: int = 4
 ) -> Run:
     data = {"train": "judged.jsonl", "eval": "judged.jsonl"}
@@ -88,7 +88,7 @@ def test_a_policy_gradient_algorithm_trains(preset: str, tmp_path: Path) -> None
     "preset", [name if name == "dpo" else pytest.param(name, marks=pytest.mark.slow) for name in OF_PAIRS]
 )
 def test_a_policy_trains_on_pairs(preset: str, tmp_path: Path) -> None:
-    run = judged_run(tmp_path, preset, "preference", PAIRS).succeed()
+    run = preference_run(tmp_path, preset, "preference", PAIRS).succeed()
     first, last = run.rows[0], run.rows[-1]
     assert last["eval/heldout/loss"] < first["eval/heldout/loss"]
     if preset == "dpo":
@@ -98,7 +98,7 @@ def test_a_policy_trains_on_pairs(preset: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_policy_trains_on_single_completions(tmp_path: Path) -> None:
-    run = judged_run(tmp_path, "kto", "preference", SINGLE, global_batch_size=len(SINGLE)).succeed()
+    run = preference_run(tmp_path, "kto", "preference", SINGLE, global_batch_size=len(SINGLE)).succeed()
     assert run.rows[-1]["eval/heldout/loss"] < run.rows[0]["eval/heldout/loss"]
     # The second step sees what the first did to the same rows.
     assert run.rows[-1]["preference/chosen_reward"] > run.rows[-1]["preference/rejected_reward"]
@@ -116,7 +116,7 @@ def test_a_policy_trains_on_single_completions(tmp_path: Path) -> None:
 def test_a_reward_model_trains_and_then_drives_a_policy(
     preset: str, rows: list[dict[str, Any]], kind: Any, tmp_path: Path
 ) -> None:
-    trained = judged_run(tmp_path / "reward", preset, "reward_model", rows).succeed()
+    trained = preference_run(tmp_path / "reward", preset, "reward_model", rows).succeed()
     assert trained.rows[-1]["eval/heldout/loss"] < trained.rows[0]["eval/heldout/loss"]
     assert kind.from_pretrained(trained.directory.hf_dir).num_labels == 1
     learned = {"hf_path": str(trained.directory.hf_dir)}
@@ -132,7 +132,7 @@ def test_a_reward_model_trains_and_then_drives_a_policy(
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", SUPERVISED)
 def test_supervised_training(preset: str, tmp_path: Path) -> None:
-    run = judged_run(tmp_path, preset, "sft", [row | {"label": 1} for row in SINGLE]).succeed()
+    run = preference_run(tmp_path, preset, "sft", [row | {"label": 1} for row in SINGLE]).succeed()
     assert 0 < run.rows[-1]["sft/loss"] < 10
     assert run.rows[-1]["optim/grad_norm"] > 0
     if preset == "distillation":

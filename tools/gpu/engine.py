@@ -101,11 +101,11 @@ def rollout_and_difference(batch_invariant: bool, quick: bool) -> Figures:
         ids = torch.tensor([*prompt.token_ids, *completion.token_ids]).numpy()
         sequences.append(TrainingSequence(ids, torch.ones(len(ids) - 1).numpy()))
         of_engine.append(torch.tensor(completion.log_probs))
-    row = pack(sequences, range(len(sequences)), pad_to_multiple=16)
+    micro_batch = pack(sequences, range(len(sequences)), pad_to_multiple=16)
     start = time.perf_counter()
-    ((log_probs, _),) = forward_log_probs(policy, [row])
+    ((log_probs, _),) = forward_log_probs(policy, [micro_batch])
     seconds = time.perf_counter() - start
-    parts = zip(unpack(log_probs, row), of_engine, strict=True)
+    parts = zip(unpack(log_probs, micro_batch), of_engine, strict=True)
     difference = torch.cat([ours[-len(theirs) :] - theirs for ours, theirs in parts]).abs()
     return {
         "generate_s": generate_s,

@@ -30,7 +30,8 @@ class TrainConfig:
     max_rollbacks: int = 3
     """Times that the run goes back to a checkpoint because of its numbers, before it stops."""
     micro_batch_tokens: int = 8192
-    """Tokens of one packed row, over all its context-parallel ranks; longer single sequences get a row of their own."""
+    """Tokens of one micro-batch, over all its context-parallel ranks; longer single sequences get a micro-batch of
+    their own."""
 
 
 @dataclass

@@ -1,18 +1,35 @@
-"""What the decoders of Hugging Face share, in parts that a family puts together.
+"""`Family`, and what the decoders of Hugging Face share, in parts that a family puts together.
 
 A decoder is an embedding, layers of norm, attention, norm and feed-forward part, a norm, and an output layer that may
 be the embedding again. `tensor_maps` walks it; a family passes the parts in which it differs, as functions of
 config.json and the layer's number. Here are grouped-query attention and the dense feed-forward parts; experts are in
-`experts`, latent attention is in `latent_attention`.
+`experts`, latent attention is in `deepseek`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.models.rope_parameters import rope_parameters
 from megatron_rl.models.tensor_map import TensorMap, gate_up, qkv, replicated, split, vocabulary
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between architectures; the functions take config.json as a dictionary."""
+
+    architecture: str
+    """As config.json names it."""
+    transformer_fields: Callable[[dict[str, Any]], dict[str, Any]]
+    """Fields of Megatron's TransformerConfig; `activation_func` by the name that `build` gives it. Raises UserError for
+    an option that is not supported."""
+    gpt_fields: Callable[[dict[str, Any]], dict[str, Any]]
+    """Arguments of Megatron's GPTModel."""
+    tensor_maps: Callable[[dict[str, Any]], list[TensorMap]]
+    """The table of tensors, in the order of the layers."""
+
 
 PartOfLayer = Callable[[dict[str, Any], int], list[TensorMap]]
 """(config.json, layer) -> the maps of one part of that layer."""

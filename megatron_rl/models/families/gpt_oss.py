@@ -9,15 +9,11 @@ from functools import partial
 from typing import Any
 
 from megatron_rl.models.families import decoder, experts
-from megatron_rl.models.families.decoder import ours, theirs
+from megatron_rl.models.families.decoder import Family, ours, theirs
 from megatron_rl.models.tensor_map import TensorMap, alternating_gate_up, of_expert, replicated, split, stacked
 
-ARCHITECTURE = "GptOssForCausalLM"
 
-gpt_fields = decoder.gpt_fields
-
-
-def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
+def _transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
     """TransformerConfig fields. Raises UserError for layers of another kind, and for another activation."""
     decoder.refuse(hf, attention_bias=True, swiglu_alpha=1.702, hidden_act="silu")
     kinds = ("sliding_attention", "full_attention")
@@ -72,6 +68,11 @@ def _feed_forward(hf: dict[str, Any], layer: int) -> list[TensorMap]:
     return maps
 
 
-def tensor_maps(hf: dict[str, Any]) -> list[TensorMap]:
-    """The table of tensors."""
-    return decoder.tensor_maps(hf, attention=_attention, feed_forward=_feed_forward)
+FAMILIES = (
+    Family(
+        "GptOssForCausalLM",
+        _transformer_fields,
+        decoder.gpt_fields,
+        partial(decoder.tensor_maps, attention=_attention, feed_forward=_feed_forward),
+    ),
+)

@@ -68,9 +68,9 @@ def sync_in_rank(rank: int, checkpoint: Path) -> dict[str, Any]:
 
     policy = start_policy(checkpoint, "tp1")
     sequences = [TrainingSequence(np.array(p), np.ones(len(p) - 1, dtype=np.float32)) for p in PROBES]
-    row = pack(sequences, range(len(PROBES)), pad_to_multiple=1)
-    ((log_probs, _),) = forward_log_probs(policy, [row])
-    right = [part.tolist() for part in unpack(log_probs, row)]
+    micro_batch = pack(sequences, range(len(PROBES)), pad_to_multiple=1)
+    ((log_probs, _),) = forward_log_probs(policy, [micro_batch])
+    right = [part.tolist() for part in unpack(log_probs, micro_batch)]
 
     def changed(probe: int, by: float) -> list[list[float]]:
         return [[*values[:-1], values[-1] + by] if i == probe else values for i, values in enumerate(right)]
