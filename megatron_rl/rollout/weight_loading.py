@@ -200,7 +200,7 @@ class ShardLoader:
 
     def write(self, piece: Slice, values: Tensor, expected: int | None) -> None:
         """Copy a slice to its place."""
-        self._target(piece.target)[piece.block.target_box].copy_(values)
+        self._target(piece.target)[piece.block.target_index].copy_(values)
         if expected is not None:
             self._expected[piece.target] = add(self._expected.get(piece.target, 0), expected)
         self._missing[piece.target] -= piece.block.numel

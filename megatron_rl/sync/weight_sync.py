@@ -25,7 +25,7 @@ from megatron_rl.rollout.remote import NoEngine, RemoteEngine
 from megatron_rl.sync.engines import Engine
 from megatron_rl.sync.remote_sync import RemoteSync
 from megatron_rl.weights.files.local_shards import trained_ranks
-from megatron_rl.weights.plan.rank_plan import Orders
+from megatron_rl.weights.plan.rank_plan import RankPlan
 from megatron_rl.weights.plan.ranks import EngineRanks
 from megatron_rl.weights.plan.shard_plan import plan_sync
 from megatron_rl.weights.quantized.formats import quantized_tensors
@@ -93,8 +93,8 @@ class WeightSync:
             return
         timeout = timedelta(seconds=self.config.timeout_seconds)
         self._transport = ProcessGroupTransport(policy.groups.world, timeout=timeout, device=this_device())
-        self._orders = Orders.of(plan, rank, engines.expert_rows(rank))
-        self._exchange = Exchange(self._orders)
+        self._rank_plan = RankPlan.of(plan, rank, engines.expert_rows(rank))
+        self._exchange = Exchange(self._rank_plan)
 
     def __call__(self, version: int, on_filled: OnFilled | None = None) -> dict[str, float]:
         """Load the policy's present weights into the engine under `version`; collective. `on_filled`: see the engine.
@@ -124,8 +124,8 @@ class WeightSync:
             held = {name: held_value(parameter, policy.dtype) for name, parameter in policy.parameters.items()}
             self._exchange.run(held, loader, self._transport, version=version, verify=verify)
 
-        cast(RolloutEngine, self.engine).load_shards(self._orders.shard, feed, version=version, on_filled=on_filled)
-        return self._orders.received_bytes
+        cast(RolloutEngine, self.engine).load_shards(self._rank_plan.shard, feed, version=version, on_filled=on_filled)
+        return self._rank_plan.received_bytes
 
     def _send_quantized(self, format: QuantizedFormat, version: int) -> int:
         policy, num_bytes = self.policy, 0

@@ -11,7 +11,7 @@ from tests.distributed.own_loop import source
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 RETURNED = {
-    "megatron_rl.data.packing.PackedRow",
+    "megatron_rl.data.packing.MicroBatch",
     "megatron_rl.models.families.Family",
     "megatron_rl.parallel.groups.Groups",
 }
@@ -53,12 +53,12 @@ def found_in_the_package(dotted: str) -> Any:
 
 
 def call_of(dotted: str) -> str:
-    """How it is called: names, order, kinds and defaults of the parameters; a property or protocol has none."""
+    """How it is called: names, order, kinds and defaults of the parameters; a property has none."""
     found = found_in_the_package(dotted)
     module, _, name = dotted.rpartition(".")
     if module.rpartition(".")[2][0].isupper():
         name = f"{module.rpartition('.')[2]}.{name}"
-    if isinstance(found, property) or getattr(found, "_is_protocol", False):
+    if isinstance(found, property):
         return name
     parameters = [
         _shown(parameter.replace(annotation=parameter.empty))

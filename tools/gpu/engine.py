@@ -39,7 +39,7 @@ def weight_sync(quick: bool) -> Figures:
     from megatron_rl.weights.files.local_shards import trained_ranks
     from megatron_rl.weights.plan.ranks import EngineRanks
     from megatron_rl.weights.plan.shard_plan import plan_sync
-    from megatron_rl.weights.transport.exchange import Exchange, Orders
+    from megatron_rl.weights.transport.exchange import Exchange, RankPlan
     from megatron_rl.weights.transport.process_group import ProcessGroupTransport
 
     with tempfile.TemporaryDirectory() as folder:
@@ -51,16 +51,16 @@ def weight_sync(quick: bool) -> Figures:
         )
         dtype = str(policy.dtype).removeprefix("torch.")
         plan = plan_sync(policy.hf, policy.maps, trained, engines, dtype=dtype, bucket_bytes=256 << 20)
-        orders = Orders.of(plan, 0, engines.expert_rows(0))
+        rank_plan = RankPlan.of(plan, 0, engines.expert_rows(0))
         transport = ProcessGroupTransport(policy.groups.world, timeout=timedelta(seconds=60), device=this_device())
-        exchange = Exchange(orders)
+        exchange = Exchange(rank_plan)
         version = 0
 
         def shards() -> None:
             nonlocal version
             version += 1
             feed = lambda loader: exchange.run(policy.parameters, loader, transport, version=version)  # noqa: E731
-            engine.load_shards(orders.shard, feed, version=version)
+            engine.load_shards(rank_plan.shard, feed, version=version)
 
         def whole() -> None:
             engine.load_weights(policy.hf_tensors(bucket_bytes=256 << 20), version=version)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rl.weights.plan.blocks import Block
+from megatron_rl.weights.plan.blocks import BlockCopy
 from megatron_rl.weights.plan.shard_plan import ShardPlan, Slice
 
 
@@ -37,7 +37,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Orders:
+class RankPlan:
     """The part of one rank in a plan."""
 
     buckets: list[Bucket]
@@ -45,8 +45,8 @@ class Orders:
     """What its engine expects; empty on a rank that only sends."""
 
     @classmethod
-    def of(cls, plan: ShardPlan, rank: int, expert_rows: Mapping[int, int]) -> "Orders":
-        """The orders of a rank."""
+    def of(cls, plan: ShardPlan, rank: int, expert_rows: Mapping[int, int]) -> "RankPlan":
+        """The rank plan of a rank."""
         buckets = []
         for index in range(plan.num_buckets):
             outgoing, incoming = plan.sends(rank, index), plan.receives(rank, index)
@@ -77,11 +77,11 @@ class Orders:
 
     def to_text(self) -> str:
         """For a rank in another process; compressed, as a plan says much the same of each layer."""
-        told = [[dataclasses.astuple(bucket) for bucket in self.buckets], dataclasses.astuple(self.shard)]
-        return base64.b64encode(zlib.compress(json.dumps(told).encode(), level=1)).decode()
+        fields = [[dataclasses.astuple(bucket) for bucket in self.buckets], dataclasses.astuple(self.shard)]
+        return base64.b64encode(zlib.compress(json.dumps(fields).encode(), level=1)).decode()
 
     @classmethod
-    def from_text(cls, text: str) -> "Orders":
+    def from_text(cls, text: str) -> "RankPlan":
         """Inverse of `to_text`."""
         buckets, (shapes, zeros, expert_rows) = json.loads(zlib.decompress(base64.b64decode(text)))
         shard = EngineShard(
@@ -99,6 +99,6 @@ def _by_peer(side: dict[str, list[Any]]) -> dict[int, list[Slice]]:
 
 def _slices(rows: list[Any]) -> list[Slice]:
     return [
-        Slice(source, target, Block(tuple(a), tuple(b), tuple(size), *steps), dtype)
+        Slice(source, target, BlockCopy(tuple(a), tuple(b), tuple(size), *steps), dtype)
         for source, target, (a, b, size, *steps), dtype in rows
     ]

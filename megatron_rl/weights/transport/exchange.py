@@ -20,7 +20,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_rl.weights.plan.rank_plan import Orders
+from megatron_rl.weights.plan.rank_plan import RankPlan
 from megatron_rl.weights.plan.shard_plan import Slice
 from megatron_rl.weights.transport.messages import (
     Copy,
@@ -87,13 +87,13 @@ class Transport(Protocol):
 class Exchange:
     """The part of one rank in a plan: sender, receiver or both. Used again for every version."""
 
-    def __init__(self, orders: Orders, *, max_changed: float = 0.0) -> None:
+    def __init__(self, rank_plan: RankPlan, *, max_changed: float = 0.0) -> None:
         """Args:
-        orders: of this rank.
+        rank_plan: of this rank.
         max_changed: share of a message's elements up to which only changed ones are sent, the same on all ranks; 0:
             always all of them, and no copy is kept.
         """
-        self._buckets, self._max_changed = orders.buckets, max_changed
+        self._buckets, self._max_changed = rank_plan.buckets, max_changed
         self._copies: dict[tuple[int, int], Copy] = {}  # by (bucket, peer)
         self.sent_bytes = 0
         """Bytes of this rank's messages in the last round."""

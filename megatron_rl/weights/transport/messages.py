@@ -40,11 +40,11 @@ _CHUNK = 1 << 22
 
 
 def checksum(values: Tensor, start: Sequence[int] = (), row_step: int = 1) -> int:
-    """Checksum of a box of a parameter, a signed 64-bit integer.
+    """Checksum of a block of a parameter, a signed 64-bit integer.
 
     Args:
         values: [n] or [n, m], any dtype of 1, 2, 4 or 8 bytes.
-        start: where the box begins in its parameter; () is its origin.
+        start: where the block begins in its parameter; () is its origin.
         row_step: its rows are so far apart there.
     """
     first_row, first_column = (*start, 0, 0)[:2]
@@ -122,7 +122,7 @@ class Copy:
 
 def values_of(piece: Slice, parameters: Mapping[str, Tensor]) -> Tensor:
     """The values of a slice at its sender, in the dtype in which they travel."""
-    return parameters[piece.source].detach()[piece.block.source_box].to(getattr(torch, piece.dtype))
+    return parameters[piece.source].detach()[piece.block.source_index].to(getattr(torch, piece.dtype))
 
 
 def checksum_of(piece: Slice, values: Tensor, verify: Verify) -> int | None:

@@ -48,7 +48,7 @@ class Engine:
         self.version = version
 
     def write(self, piece: Slice, values: Tensor, expected: int | None) -> None:
-        self.loaded[piece.target][piece.block.target_box] = values
+        self.loaded[piece.target][piece.block.target_index] = values
         if expected is not None:
             self.checksums[piece.target] = add(self.checksums.get(piece.target, 0), expected)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_rl.weights.plan.blocks import Block
+from megatron_rl.weights.plan.blocks import BlockCopy
 from megatron_rl.weights.plan.shard_plan import Slice
 from megatron_rl.weights.transport.exchange import verified
 from megatron_rl.weights.transport.messages import (
@@ -40,7 +40,7 @@ def allocate(num_bytes: int) -> Tensor:
 
 def pieces(shapes: list[tuple[int, int]], dtypes: list[str]) -> list[Slice]:
     return [
-        Slice(f"p{i}", f"t{i}", Block((0, 0), (0, 0), shape), dtype)
+        Slice(f"p{i}", f"t{i}", BlockCopy((0, 0), (0, 0), shape), dtype)
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     ]
 
