@@ -1,14 +1,13 @@
-"""From per-token losses to the one number that is minimised, so that no split of the batch can change it.
-
-Each mode is a weighted sum, loss = sum_t weights_t L_t, over all tokens of the *global* batch. The weights divide by
-counts of the whole batch, taken before its first forward pass: `count` locally, add over micro-batches and ranks, then
-`aggregation_weights` for each micro-batch. Micro-batches and ranks only ever add, nobody averages averages.
-
-The sequences of a micro-batch: sums over their trained tokens, and values spread back over their tokens.
+"""Sums over the sequences of a micro-batch, and from losses per token to the one number that is minimised.
 
 A micro-batch of T tokens holds S whole sequences; sequence i is [cu_seqlens[i], cu_seqlens[i + 1]), and what follows
 the last is padding. Only tokens whose mask is not 0 are looked at, so the others may hold anything. Sums are float64
 and run in the order of the tokens: a sequence's sum is the same, bit for bit, whatever it is packed with.
+
+Aggregation cannot depend on how the batch is split. Each mode is a weighted sum, loss = sum_t weights_t L_t, over all
+tokens of the *global* batch. The weights divide by counts of the whole batch, taken before its first forward pass:
+`count` locally, add over micro-batches and ranks, then `aggregation_weights` for each micro-batch. Micro-batches and
+ranks only ever add, nobody averages averages.
 """
 
 from dataclasses import dataclass

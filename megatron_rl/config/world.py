@@ -1,12 +1,11 @@
-"""How many ranks, replicas and engines a configuration comes to, and how long its sequences are.
+"""The sizes of a run's layout, from the configuration alone: ranks, replicas, engines, and layers of stages.
 
-Which pipeline stage holds how many layers, by Megatron's rules; from the configuration alone.
+Layers of pipeline stages follow Megatron's rules. Without further words every stage holds as many layers. A first or
+last stage of a size of its own leaves the rest to be split evenly. Where the embedding or the output layer is accounted
+for, it takes the place of one layer. With virtual pipeline stages each stage holds that many chunks, and layers go to
+chunk 0 of every stage before chunk 1 of the first.
 
-Without further words every stage holds as many layers. A first or last stage of a size of its own leaves the rest to be
-split evenly. Where the embedding or the output layer is accounted for, it takes the place of one layer. With virtual
-pipeline stages each stage holds that many chunks, and layers go to chunk 0 of every stage before chunk 1 of the first.
-
-What a configuration may not be where the model has experts, or has none.
+`check_experts` refuses what does not go with a model that has experts, or has none.
 """
 
 from megatron_rl.config.errors import ConfigError, refuse

@@ -1,8 +1,8 @@
-"""What of a micro-batch a rank computes: all of it, or its context-parallel part.
+"""The part of a micro-batch that this rank computes: all of it, or its context-parallel part.
 
-A micro-batch is the same on all ranks of a replica, and knows nothing of the layout. Here it is cut, and filled up
-where the layout asks for it; what the model gives for the parts is joined again, in the order of the micro-batch and
-without the filling. So losses see whole micro-batches at any layout.
+A micro-batch is the same on all ranks of a replica, and knows nothing of the layout. Here it is cut, and padded where
+the layout asks for it; what the model gives for the parts is joined again, in the order of the micro-batch and without
+the padding. So losses see whole micro-batches at any layout.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
-"""The reference policy: weights kept on the host and swapped in when KL needs them.
+"""The reference policy that a run compares its own with.
 
-They are those that the run started from, or, where a run says so, follow the policy at a distance. A reference of
-another checkpoint (a teacher) is a policy of its own.
-
-The reference policy that a run compares its own with.
+ReferenceWeights   of the same model: kept on the host and swapped in when KL needs them. They are those that the
+                   run started from, or, where a run says so, follow the policy at a distance
+Teacher            of another checkpoint: a policy of its own
+reference_logits   its whole distributions, for an exact KL
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,20 +1,15 @@
-"""A model over the training ranks that gives one number per token: a critic, an outcome or a process reward model.
+"""Models that give one number per token: reward models and critics, apart from the policy or sharing its backbone.
 
-It is a policy in all but its head, so that the optimizer, the passes over micro-batches and the checkpoints work on it
-as they do on a policy. It starts from a language model, whose output layer it leaves out, or from a Hugging Face
-classifier, whose `score` it takes; it is written as a classifier.
-
-A policy whose backbone also carries its critic: one pass gives log-probs and values, one optimizer trains both.
-
-The critic is a `ScalarHead` beside the output layer of the last stage. Its parameters are the model's, so that DDP, the
-optimizer, pipeline stages and distributed checkpoints hold them as they hold the rest; the tables of the families do
-not name them, so that engines and exported checkpoints get the language model alone.
-
-The critic of an actor-critic run: a value per token, fitted to the returns of each step by an optimizer of its own.
-
-Its backbone is separate from the policy's, on the same ranks and micro-batches, with other weights (a shared one is in
-`engine/scalar_model.py`). Before the first update of a step it values the tokens of all micro-batches; from these
-values come the advantages, the returns that it is fitted to, and the bounds of its clip.
+ScalarModel   a policy in all but its head, so that the optimizer, the passes over micro-batches and the checkpoints
+              work on it as they do on a policy. It starts from a language model, whose output layer it leaves out,
+              or from a Hugging Face classifier, whose `score` it takes; it is written as a classifier
+ActorCritic   a policy whose backbone also carries its critic: one pass gives log-probs and values, one optimizer
+              trains both. The critic is a `ScalarHead` beside the output layer of the last stage. Its parameters
+              are the model's, so that DDP, the optimizer, pipeline stages and distributed checkpoints hold them;
+              the tables of the families do not name them, so that engines and exports get the language model alone
+Critic        a `ScalarModel` of its own on the same ranks and micro-batches, with an optimizer of its own. Before
+              the first update of a step it values the tokens of all micro-batches; from these values come the
+              advantages, the returns that it is fitted to, and the bounds of its clip
 """
 
 from collections.abc import Callable, Sequence

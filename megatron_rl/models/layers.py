@@ -1,21 +1,15 @@
 """Layer specs: which classes core builds a decoder's layers from, portable ones or Transformer Engine's.
 
-The portable ones are core's local layers with our norm, attention and a few linear layers: no Transformer Engine, with
-sequence parallelism, packing, latent attention and experts with biases.
+The portable ones are core's local layers, without Transformer Engine, with sequence parallelism, packing, latent
+attention and experts with biases. What core's own do not do is here:
 
-Normalisation for the portable layers: LayerNorm and RMSNorm in torch, also under sequence parallelism.
-
-Core's own torch norm refuses sequence parallelism because its weight does not say that its gradient is a partial sum
-over the tensor-parallel ranks. This one says so (`sequence_parallel` on the parameter), and core adds it up.
-
-Linear layers for the portable specs where core's own do not do: held whole, and of experts with a bias.
-
-Core's router, for micro-batches with padding: what fills a micro-batch up counts neither for balance nor for the bias
-of experts.
-
-Micro-batches are filled up where the layout asks for it (`engine/micro_batch_part.py`), so what padding counted for
-would depend on the layout. Core takes a mask of it; these are the two places where it does not get by with that mask
-alone.
+    PortableNorm      LayerNorm and RMSNorm in torch, also under sequence parallelism. Core's torch norm refuses that
+                      because its weight does not say that its gradient is a partial sum over the tensor-parallel ranks;
+                      this one says so (`sequence_parallel` on the parameter), and core adds it up
+    ReplicatedLinear, ExpertRowParallelLinear   linear layers held whole, and of experts with a bias
+    PackedRouter      core's router for micro-batches with padding, which counts neither for balance nor for the bias of
+                      experts. Padding depends on the layout (`engine/micro_batch_part.py`), what is computed may not.
+                      Core takes a mask of it; these are the two places where the mask alone is not enough
 """
 
 import functools

@@ -1,23 +1,19 @@
-"""From the rewards of a step to the advantages of its tokens.
+"""Advantage estimators by name, and a user's own; from the rewards of a step to the advantages of its tokens.
 
     rewards of tokens   what a process reward model gave them, less the KL penalty where it is in the reward
     rewards             of whole completions; for an estimator of tokens on the last trained token of each
-    estimator           of completions or of tokens; see `estimators`
+    estimator           of completions or of tokens
     whitening           over the trained tokens of the global batch
-
-Each rank works on the micro-batches that it will train on. What must be known of all of them, sums of completions and
-moments of tokens, is gathered.
-
-Advantage estimators by name, and the user's own.
 
 An estimator is a function that names what it needs. One that names `loss_mask` or `cu_seqlens` works on the tokens of
 one micro-batch, [T], and returns advantages [T], or advantages and the returns that a critic is fitted to; any other
-works on the completions of the whole step, [N], and returns [N].
+works on the completions of the whole step, [N], and returns [N]. One that names `values` gets a critic.
 
     of completions   rewards [N], group_ids [N], baseline (a `RunningBaseline` of the steps before)
     of tokens        rewards [T], values [T] of the critic, loss_mask [T], cu_seqlens [S + 1]
 
-One that names `values` gets a critic.
+Each rank works on the micro-batches that it will train on. What must be known of all of them, sums of completions and
+moments of tokens, is gathered.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,19 +1,16 @@
-"""Policy losses by name, and the user's own.
+"""Losses by name, and a user's own: of policies, on preference data, and of supervised fine-tuning.
 
-A loss is a function of one micro-batch that names what it needs and returns [T], one loss per token, before mask and
-division:
+A loss is a function that names what it needs of one micro-batch, and gets no more. What each kind is offered:
+
+Policy losses, one loss per token, [T], before mask and division. Beside each stand the metrics that describe the same
+tokens; a loss of one's own gets those of the ratio.
 
     log_probs        [T] of the policy, with its gradient        advantages      [T]
     old_log_probs    [T] of the policy before the step's first update
     rollout_log_probs, ref_log_probs (with a reference policy)   [T]
     entropy          [T], with its gradient                      loss_mask [T], cu_seqlens [S + 1]
 
-Beside each loss stand the metrics that describe the same tokens; a loss of one's own gets those of the ratio.
-
-Losses on preference data by name, and the user's own.
-
-A loss is a function of what it names, over the pairs or the single completions of one micro-batch, and returns one loss
-for each. What it names decides what data it is given:
+Losses on preference data, one loss per pair or single completion. What one names decides what data it is given.
 
     chosen, rejected, ref_chosen, ref_rejected   [P], of pairs: log-probs of policy and reference, or, without the
                                                  reference, scores of a reward model
@@ -23,13 +20,11 @@ for each. What it names decides what data it is given:
     rewards, targets                             [N], scores of a reward model and of the data
     logits, labels                               [T], at the ends of the steps, for a process reward model
 
-Losses of supervised fine-tuning by name, and the user's own: functions of what they name, one loss per token:
+Losses of supervised fine-tuning, one loss per token. They see tokens apart from each other, in pieces of a micro-batch:
+the gradient can then be formed while the head computes.
 
     log_probs        [n] of the target tokens
     mean_log_probs   [n] mean of all log-probs at each position
-
-A loss sees tokens apart from each other, in pieces of a micro-batch: its gradient can then be formed while the head
-computes.
 """
 
 from collections.abc import Callable
@@ -50,11 +45,16 @@ from megatron_rl.algorithms.policy_loss import (
     ppo_trajectory_loss,
     reinforce_loss,
 )
-from megatron_rl.algorithms.preference_loss import dpo_loss, hinge_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
-from megatron_rl.algorithms.reward_model_loss import (
+from megatron_rl.algorithms.preference_loss import (
     bradley_terry_loss,
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    kto_loss,
+    orpo_loss,
     process_reward_loss,
     reward_regression_loss,
+    simpo_loss,
 )
 from megatron_rl.algorithms.supervised_loss import focal_loss, label_smoothed_loss, sft_loss
 from megatron_rl.config.functions import Bound, Function, bind, find_function

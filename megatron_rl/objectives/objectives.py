@@ -1,7 +1,7 @@
 """The objectives: what turns the outputs of a micro-batch into a loss, from the algorithm's independent choices.
 
 Built once per optimizer step, when the counts of its global batch are known; the engine calls the result per
-micro-batch. Those on preferences are in `pair_objectives`.
+micro-batch. Those on preference data are in `preference_objectives`.
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,7 @@
-"""The KL penalty of a run: its reference policy, which may move, and its coefficient, which may be adapted.
+"""Penalties: the KL to a reference policy, in the loss or in the reward, and DAPO's for long completions.
 
-What moves is part of the run's state and goes into its checkpoints: the coefficient in `RunState.adaptive`, the weights
-of a reference that is not fixed beside the policy's.
-
-DAPO's punishment of long completions, as one more term of the reward.
+The reference may move, and the KL's coefficient may be adapted. Both are part of the run's state and go into its
+checkpoints: the coefficient in `RunState.adaptive`, the weights of a reference that is not fixed beside the policy's.
 """
 
 from collections.abc import Sequence

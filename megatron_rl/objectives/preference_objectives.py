@@ -12,8 +12,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import GlobalCounts, sequence_means, sequence_sums
 from megatron_rl.algorithms.metrics import Metric, masked_mean
-from megatron_rl.algorithms.preference_loss import implicit_rewards, preference_metrics
-from megatron_rl.algorithms.reward_model_loss import process_reward_metrics
+from megatron_rl.algorithms.preference_loss import implicit_rewards, preference_metrics, process_reward_metrics
 from megatron_rl.config.functions import Bound
 from megatron_rl.config.schema import PreferenceConfig
 from megatron_rl.data.packing import MicroBatch

@@ -1,11 +1,11 @@
-"""A watchdog in every rank: nothing waits for ever, and what waits is named.
+"""A watchdog in every rank: a run that hangs is ended, and says which rank the others wait for.
 
 A thread of each rank looks every few seconds where the main thread is, and writes it to `logs/ranks/rank_N.json`. When
 a phase, or one wait in a collective, is over its limit, the rank that notices raises the alarm by making the folder
 `logs/hang`. Every rank that still can then writes the stacks of all its threads there; the one that raised it puts
 together who waits for whom, and all leave, with one line.
 
-    logs/hang/   hang_report.txt (one line)   rank_N.txt (stacks)
+    logs/hang/   hang_report.txt (that line)   rank_N.txt (stacks)
 
 If even this thread cannot run (a call that keeps the interpreter's lock), faulthandler's own clock, which needs no
 interpreter, writes the stacks and ends the process.

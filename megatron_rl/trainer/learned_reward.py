@@ -45,7 +45,7 @@ class LearnedReward:
             UserError: the folder holds no classifier of one label that fits.
         """
         self.config: RewardModelConfig = config.rewards.model
-        self._values: Scorer = (OfServer if self.config.engine is RewardEngine.vllm else OfRanks)(config, groups)
+        self._values: Scorer = (ServerScorer if self.config.engine is RewardEngine.vllm else RankScorer)(config, groups)
         texts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(len(tokenizer))]
         self._ends_step = np.array([self.config.step_separator in text for text in texts])
 
@@ -93,7 +93,7 @@ Scorer = Callable[[Sequence[tuple[int, ...]], Training], list[np.ndarray]]
 """(token ids of each sample, the run) -> values of each sample's tokens, on all ranks; collective."""
 
 
-class OfRanks:
+class RankScorer:
     """The model on the training ranks."""
 
     def __init__(self, config: Config, groups: Groups) -> None:
@@ -123,7 +123,7 @@ class OfRanks:
         return [scores[i] for i in range(len(ids))]
 
 
-class OfServer:
+class ServerScorer:
     """The model in a vLLM server of the first rank."""
 
     def __init__(self, config: Config, groups: Groups) -> None:

@@ -1,6 +1,6 @@
 """Training on preference data: the recipes `preference` and `reward_model`.
 
-train_preference    a policy: DPO and its kin on pairs, KTO on single completions
+train_preference    a policy: DPO and related losses on pairs, KTO on single completions
 train_reward_model  a reward model: on pairs (Bradley-Terry), on scores (regression), on steps (process rewards)
 train_on            the loop of both: draw, lay out, update, now and then evaluate; a `PreferenceRecipe` holds what
                     differs

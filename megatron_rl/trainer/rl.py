@@ -1,4 +1,4 @@
-"""The verbs of the loop: what each does to the samples of a step. How it is done is said where each verb points to."""
+"""The verbs of the loop: generate, score, log_probs, advantages, train, sync_weights, report, evaluate."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,12 +25,11 @@ from megatron_rl.objectives.penalties import KLPenalty, punish_length
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rewards.scoring import resolve_rewards
+from megatron_rl.runs.logs import write_rollouts
 from megatron_rl.runs.progress import say
-from megatron_rl.runs.record import write_rollouts
 from megatron_rl.sync.engines import place_engine
 from megatron_rl.sync.weight_sync import WeightSync
 from megatron_rl.trainer import evaluation
-from megatron_rl.trainer.guards import convergence_metrics
 from megatron_rl.trainer.learned_reward import LearnedReward
 from megatron_rl.trainer.rollouts import (
     Collection,
@@ -41,6 +40,7 @@ from megatron_rl.trainer.rollouts import (
     training_sampling,
 )
 from megatron_rl.trainer.training import Training
+from megatron_rl.trainer.update import convergence_metrics
 
 _MISMATCH = "mismatch/log_prob_abs_diff_mean"
 
@@ -49,7 +49,7 @@ class MismatchError(RuntimeError):
     """Rollout and training log-probs differ by more than the run allows."""
 
 
-class Reinforcement:
+class RLTrainer:
     """A reinforcement-learning run in progress on this rank. The loop calls its methods in order."""
 
     def __init__(self, config: Config, groups: Groups, layout: Layout, *, records: bool = True) -> None:

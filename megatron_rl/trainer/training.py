@@ -32,8 +32,7 @@ from megatron_rl.runs.interruption import Interruption
 from megatron_rl.runs.progress import PhaseTimer, Progress, say
 from megatron_rl.runs.record import Record, RunState, open_folder
 from megatron_rl.runs.watchdog import Watchdog
-from megatron_rl.trainer.guards import GuardStop, RollBack
-from megatron_rl.trainer.update import Updates
+from megatron_rl.trainer.update import GuardStop, RollBack, Updates
 
 
 class Training:

@@ -26,7 +26,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.runs.directory import RunDirectory
-from megatron_rl.runs.metrics_log import read_metrics
+from megatron_rl.runs.logs import read_metrics
 from tools.make_arithmetic import main as make_arithmetic
 
 NUM_STEPS = 4

@@ -17,7 +17,7 @@ import pytest
 
 from megatron_rl.checkpoint.folders import delete_old, iteration_folder
 from megatron_rl.config.errors import EXIT_RESUME
-from megatron_rl.runs.record import rollout_steps
+from megatron_rl.runs.logs import rollout_steps
 from tests.e2e.runs import NUM_STEPS, Run, continue_until_it_ends, kill, reference, repeatable
 
 PARTIAL = ".iter_000000{}.partial"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl.config.load import load_config
 from megatron_rl.data.datasets import DataOrder
-from megatron_rl.runs.record import read_rollouts, rollout_steps
+from megatron_rl.runs.logs import read_rollouts, rollout_steps
 from tests.e2e.runs import CONFIG, NUM_PROMPTS, NUM_SAMPLES, NUM_STEPS, Run, reference
 
 EVERY_STEP = {

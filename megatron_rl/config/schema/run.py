@@ -1,7 +1,4 @@
-"""Length, checkpoints, evaluation, records and limits of a run.
-
-What a job asks for.
-"""
+"""The run itself: length, checkpoints, evaluation, records, guards, the watchdog, and what a Slurm job asks for."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -105,7 +102,7 @@ class LoggingConfig:
 
 @dataclass
 class GuardConfig:
-    """A limit of one metric of the policy's updates; see `trainer/guards.py`."""
+    """A limit of one metric of the policy's updates; see `trainer/update.py`."""
 
     metric: str = MISSING
     """Its name, e.g. 'policy/loss', 'optim/grad_norm', 'policy/approx_kl', 'mismatch/kl'."""

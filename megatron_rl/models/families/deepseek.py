@@ -16,8 +16,14 @@ from typing import Any
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.models.families import decoder, experts
-from megatron_rl.models.families.decoder import Family, norm, ours, theirs
-from megatron_rl.models.rope_parameters import rope_parameters, yarn_concentration
+from megatron_rl.models.families.decoder import (
+    Family,
+    hf_layer,
+    megatron_layer,
+    norm,
+    rope_parameters,
+    yarn_concentration,
+)
 from megatron_rl.models.tensor_map import TensorMap, replicated, split
 
 
@@ -147,7 +153,7 @@ def _tensor_maps(hf: dict[str, Any], *, expert_bias: bool) -> list[TensorMap]:
             return decoder.gated_mlp(hf, layer)
         maps = experts.experts(hf, layer, ffn=hf["moe_intermediate_size"])
         if expert_bias:
-            name, hf_name = f"{ours(layer)}mlp.router.", f"{theirs(layer)}mlp.gate."
+            name, hf_name = f"{megatron_layer(layer)}mlp.router.", f"{hf_layer(layer)}mlp.gate."
             bias = replicated(
                 f"{name}expert_bias", f"{hf_name}e_score_correction_bias", (experts.num_experts(hf),), float32=True
             )
@@ -159,7 +165,7 @@ def _tensor_maps(hf: dict[str, Any], *, expert_bias: bool) -> list[TensorMap]:
 
 def _latent_attention(hf: dict[str, Any], layer: int) -> list[TensorMap]:
     """The latent attention of one layer. Rows of the up projections go head by head, as in Megatron."""
-    prefix, hf_prefix = f"{ours(layer)}self_attention.", f"{theirs(layer)}self_attn."
+    prefix, hf_prefix = f"{megatron_layer(layer)}self_attention.", f"{hf_layer(layer)}self_attn."
     hidden, heads, nope, rope = (
         hf[key] for key in ("hidden_size", "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim")
     )

@@ -31,7 +31,7 @@ from megatron_rl.objectives.penalties import KLPenalty
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.runs.directory import RunDirectory
 from megatron_rl.runs.record import RunState
-from megatron_rl.trainer.rl import MismatchError, Reinforcement, check_mismatch
+from megatron_rl.trainer.rl import MismatchError, RLTrainer, check_mismatch
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ SAMPLES = [sample(4, 1, 1.0), sample(0, 2, 3.0, finish="length"), sample(4, 3, 0
 
 def reinforcement(
     *, algorithm: AlgorithmConfig | None = None, reference: object = None, groups: Groups | None = None, **config: Any
-) -> Reinforcement:
+) -> RLTrainer:
     """The object around given settings, at step 2, without what needs an engine or a model."""
-    rl = object.__new__(Reinforcement)
+    rl = object.__new__(RLTrainer)
     rl.config = Config(algorithm=algorithm or AlgorithmConfig(), **config)
     rl.training = cast(Any, SimpleNamespace(reference=reference, groups=groups, state=RunState(step=2), is_main=True))
     rl.estimator = resolve_estimator(rl.config.algorithm.advantage)
