@@ -116,14 +116,14 @@ def table(of_files: dict[str, Figure], rooms: dict[str, Figure]) -> str:
 def trace_run(folder: Path, overrides: Sequence[str]) -> dict[str, int]:
     """Train in a folder of its own, in this process, and trace the second step."""
     from megatron_rl.cli.main import main as megatron_rl
-    from megatron_rl.trainer.rl import Reinforcement
+    from megatron_rl.trainer.rl import RLTrainer
     from tools.make_arithmetic import main as make_arithmetic
 
     make_arithmetic([str(folder), *MODEL])
     trace = Trace(
         REPOSITORY / "megatron_rl",
-        first=Reinforcement.generate.__code__,
-        last=Reinforcement.sync_weights.__code__,
+        first=RLTrainer.generate.__code__,
+        last=RLTrainer.sync_weights.__code__,
         skip=1,
     )
     settings = {
