@@ -10,8 +10,8 @@ then. Writing is a thread: torch's and the operating system's part of it runs wi
 process that is forked from one with CUDA, vLLM and communication threads is better avoided. Synchronous saving is the
 same, waited for.
 
-A rank that cannot write (disk full, read-only) tells the others when they meet; all then raise the same error, and what
-was written of that checkpoint is deleted.
+A rank that cannot write (disk full, read-only) reports it at the next collective; all then raise the same error, and
+what was written of that checkpoint is deleted.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ class CheckpointWriter:
                 **chosen,
             )
         except (OSError, RuntimeError) as error:
-            raise _cannot_write(self.checkpoints, step, f"rank {dist.get_rank()}: {_said(error)}") from error
+            raise _cannot_write(self.checkpoints, step, f"rank {dist.get_rank()}: {_reason(error)}") from error
         assert request is not None
         self._is_validated = True
         if HAS_CUDA:
@@ -152,7 +152,7 @@ class CheckpointWriter:
             for action in pending.finalize:
                 action()
         except (OSError, RuntimeError, CheckpointException) as error:
-            raise _cannot_write(self.checkpoints, pending.step, f"rank {dist.get_rank()}: {_said(error)}") from error
+            raise _cannot_write(self.checkpoints, pending.step, f"rank {dist.get_rank()}: {_reason(error)}") from error
         digests = _gather(pending.digests)
         problem = None
         if dist.get_rank() == 0:
@@ -161,7 +161,7 @@ class CheckpointWriter:
                 publish(self.checkpoints, pending.step)
                 delete_old(self.checkpoints, pending.step, self.keep_last, self.keep_best)
             except OSError as error:
-                problem = _said(error)
+                problem = _reason(error)
         self._agree(pending.step, problem)
 
     def abandon(self) -> None:
@@ -178,7 +178,7 @@ class CheckpointWriter:
             for name, text in notes.items():
                 (folder / name).write_text(text)
         except OSError as error:
-            return _said(error)
+            return _reason(error)
         return None
 
     def _agree(self, step: int, problem: str | None) -> None:
@@ -216,13 +216,13 @@ def _write(pending: _Pending, buckets: list[_Bucket], transforms: Any) -> None:
         write(local_proc_idx=number, write_bucket=bucket, results_queue=results, count_queue=counts, use_fsync=True)
         _, outcome = results.get_nowait()
         if isinstance(outcome, Exception):
-            pending.error = _said(outcome)
+            pending.error = _reason(outcome)
             return
         pending.written[number] = outcome
         try:
             pending.digests[bucket[1]] = digest(Path(bucket[0]))
         except OSError as error:
-            pending.error = _said(error)
+            pending.error = _reason(error)
             return
 
 
@@ -236,7 +236,7 @@ def _cannot_write(checkpoints: Path, step: int, reason: str) -> CheckpointError:
     )
 
 
-def _said(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """What went wrong, in one line; torch wraps the operating system's error in one of its own that does not say it."""
     inner: BaseException | None = error
     while inner is not None and not isinstance(inner, OSError):

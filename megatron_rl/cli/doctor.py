@@ -62,9 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _compare_interfaces() -> int:
     import megatron_rl.device  # noqa: F401  (core's modules find the device that they run on)
-    from megatron_rl.rollout.isolation import guest  # imports torch, which no other command waits for
+    from megatron_rl.rollout.isolation import isolated  # imports torch, which no other command waits for
 
-    with guest():
+    with isolated():
         count, found = problems()
     print("\n".join([*found, f"{count} interfaces looked up, {len(found)} of them are not as this package calls them"]))
     return 1 if found else 0

@@ -69,7 +69,7 @@ class RemoteEngine:
         server: answers; its model's weights are version 0.
         folder: where weights pass through, shared with the trained ranks.
         decode: token ids to text.
-        max_model_len: longest prompt + completion, tokens; as the server was told.
+        max_model_len: longest prompt + completion, tokens; as in the server's arguments.
         update_mode: 'keep', 'wait' or 'abort'.
         generate_timeout_seconds: limit of one request.
         """

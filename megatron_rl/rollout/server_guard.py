@@ -58,7 +58,7 @@ _Send = Callable[[_Message], Awaitable[None]]
 
 
 class RequireToken:
-    """ASGI middleware: every request bears the job's token, or is answered 401."""
+    """ASGI middleware: a request without the server's token is answered 401."""
 
     def __init__(self, app: Callable[[_Message, _Receive, _Send], Awaitable[None]]) -> None:
         self.app = app

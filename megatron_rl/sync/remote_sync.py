@@ -21,7 +21,7 @@ from megatron_rl.sync.transports import RoundTransport, sender_of
 from megatron_rl.weights.plan.rank_plan import RankPlan
 from megatron_rl.weights.plan.ranks import EngineRanks
 from megatron_rl.weights.plan.shard_plan import ShardPlan
-from megatron_rl.weights.quantized.fp8_parameters import held_value
+from megatron_rl.weights.quantized.fp8_parameters import dequantized
 from megatron_rl.weights.transport.exchange import Exchange, verified
 from megatron_rl.weights.transport.messages import TransferError
 from megatron_rl.weights.transport.sockets import Endpoint
@@ -136,8 +136,8 @@ class RemoteSync:
             try:
                 transport = self._sender.open(name, {rank: endpoints[rank] for rank in self._rank_plan.receivers})
                 policy, check = self.policy, verified(self.config.verify.name, version)
-                held = {parameter: held_value(value, policy.dtype) for parameter, value in policy.parameters.items()}
-                self._exchange.run(held, None, transport, version=version, verify=check)
+                values = {name: dequantized(parameter, policy.dtype) for name, parameter in policy.parameters.items()}
+                self._exchange.run(values, None, transport, version=version, verify=check)
                 transport.close()
             except TransferError as error:
                 failure = str(error)

@@ -1,7 +1,10 @@
-"""Policy to engines: send the weights with their version, and on demand prove that they arrived.
+"""Weight sync: the policy's weights to every engine, under a version, and on demand the proof that they arrived.
 
-`sync.verify` has two instruments. Checksums of each parameter, taken where it is sent and again in the engine's memory
-before vLLM prepares it for its kernels, see every bit; log-probs of probe prompts see what the engine then computes.
+`WeightSync` plans the copies once and carries them out for each version: inside the ranks for colocated engines, by
+`RemoteSync` for engines in processes of their own, as whole quantised tensors for engines with `rollout.quantization`.
+
+`sync.verify` takes checksums of each parameter, where it is sent and again in the engine's memory before vLLM prepares
+it for its kernels, which see every bit; and log-probs of probe prompts, which see what the engine then computes.
 """
 
 import time
@@ -29,7 +32,7 @@ from megatron_rl.weights.plan.rank_plan import RankPlan
 from megatron_rl.weights.plan.ranks import EngineRanks
 from megatron_rl.weights.plan.shard_plan import plan_sync
 from megatron_rl.weights.quantized.formats import quantized_tensors
-from megatron_rl.weights.quantized.fp8_parameters import held_value
+from megatron_rl.weights.quantized.fp8_parameters import dequantized
 from megatron_rl.weights.transport.exchange import Exchange, Loader, OnFilled, verified
 from megatron_rl.weights.transport.process_group import ProcessGroupTransport
 
@@ -58,7 +61,7 @@ class WeightSync:
 
         Args:
             policy: what is sent.
-            engine: this rank's, or its hold on one in other processes.
+            engine: this rank's, or its client of one in other processes.
             layout: of the training ranks and the engines.
             prompts: the first few serve as probes of `sync.verify`.
             config: transport, buckets, verification, limits.
@@ -121,8 +124,8 @@ class WeightSync:
         def feed(loader: Loader) -> None:
             verify = verified(self.config.verify.name, version)
             policy = self.policy
-            held = {name: held_value(parameter, policy.dtype) for name, parameter in policy.parameters.items()}
-            self._exchange.run(held, loader, self._transport, version=version, verify=verify)
+            values = {name: dequantized(parameter, policy.dtype) for name, parameter in policy.parameters.items()}
+            self._exchange.run(values, loader, self._transport, version=version, verify=verify)
 
         cast(RolloutEngine, self.engine).load_shards(self._rank_plan.shard, feed, version=version, on_filled=on_filled)
         return self._rank_plan.received_bytes
@@ -152,7 +155,7 @@ class WeightSync:
         try:
             of_engine = self.engine.log_probs(self.probes)
         except EngineLost:
-            return  # it has died since; whoever asks it next finds that, and it is sent and probed again
+            return  # it has died since; the next call finds that, and weights are sent and probed again
         # Joined before the maximum is taken: torch's is nan if one is, Python's depends on the order.
         ours = torch.cat(unpack(log_probs, micro_batch))
         theirs = torch.cat([torch.tensor(of_probe) for of_probe in of_engine])

@@ -37,9 +37,10 @@ def weight_sync(quick: bool) -> Figures:
 
     from megatron_rl.device import this_device
     from megatron_rl.weights.files.local_shards import trained_ranks
+    from megatron_rl.weights.plan.rank_plan import RankPlan
     from megatron_rl.weights.plan.ranks import EngineRanks
     from megatron_rl.weights.plan.shard_plan import plan_sync
-    from megatron_rl.weights.transport.exchange import Exchange, RankPlan
+    from megatron_rl.weights.transport.exchange import Exchange
     from megatron_rl.weights.transport.process_group import ProcessGroupTransport
 
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.files.local_shards import matrix, rows, shard_parts
-from megatron_rl.weights.quantized.fp8_parameters import held_value
+from megatron_rl.weights.quantized.fp8_parameters import dequantized
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class HFTensorIterator:
         split_by = self.groups.tp if expert_rank is None else self.groups.etp
         on_stage = stage == pp.rank()
         holds = on_stage and expert_rank in (None, ep.rank())
-        mine = [held_value(self.parameters[m.name], dtype) for m in bucket.maps] if holds else []
+        mine = [dequantized(self.parameters[m.name], dtype) for m in bucket.maps] if holds else []
         several = split_by.size() > 1 or pp.size() > 1 or (expert_rank is not None and ep.size() > 1)
         if not several:
             return [mine]

@@ -24,7 +24,7 @@ from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.weights.files.hf_checkpoint import INDEX
 from megatron_rl.weights.files.local_shards import ShardPart, rows, shard_parts
 from megatron_rl.weights.files.safetensors_files import PlannedFile, create_file, plan_file, write_at
-from megatron_rl.weights.quantized.fp8_parameters import held_value
+from megatron_rl.weights.quantized.fp8_parameters import dequantized
 
 # Weights in any format: beside new ones they would be old ones.
 _NOT_COPIED = (
@@ -187,7 +187,7 @@ class ShardWriter:
     def write(self, tensor_map: TensorMap, rank: int, size: int, shard: Tensor) -> None:
         """Write the shard of `rank` of `size`; padding is left out."""
         pieces: dict[str, list[ShardPart]] = {}
-        for piece in shard_parts(tensor_map, rank, size, held_value(shard, torch.float32)):
+        for piece in shard_parts(tensor_map, rank, size, dequantized(shard, torch.float32)):
             if piece.row_range.hf_name is not None:
                 pieces.setdefault(piece.row_range.hf_name, []).append(piece)
         for name, of_tensor in pieces.items():

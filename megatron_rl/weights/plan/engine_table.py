@@ -115,9 +115,9 @@ def _fused_qkv(name: str, parts: dict[str, tuple[int, ...]], num_key_value_heads
         rows = q_shape[0] // size
         pieces = [RowRange(q, rank * rows, rows)]
         for hf_name, shape in key_value:
-            held = min(size, num_key_value_heads)
-            rows = shape[0] // held
-            pieces.append(RowRange(hf_name, rank * held // size * rows, rows))
+            num_splits = min(size, num_key_value_heads)
+            rows = shape[0] // num_splits
+            pieces.append(RowRange(hf_name, rank * num_splits // size * rows, rows))
         return pieces
 
     return TensorMap(name, parts, 0, False, row_ranges)

@@ -1,4 +1,4 @@
-"""The part of one rank in a shard plan, as it travels to a rank in another process."""
+"""A rank plan: one rank's part in a shard plan, as it is sent to a rank in another process."""
 
 import base64
 import dataclasses
@@ -14,7 +14,7 @@ from megatron_rl.weights.plan.shard_plan import ShardPlan, Slice
 
 @dataclass(frozen=True)
 class EngineShard:
-    """What a rank of an engine expects, from its plan.
+    """What a rank of an engine receives by its plan.
 
     Attributes:
         shapes: of every target, by name.
@@ -29,7 +29,7 @@ class EngineShard:
 
 @dataclass(frozen=True)
 class Bucket:
-    """What one rank does in a bucket: slices to send by receiver, to get by sender, and to copy from itself."""
+    """One rank's part in a bucket: slices to send by receiver, to receive by sender, and to copy from itself."""
 
     outgoing: dict[int, list[Slice]]
     incoming: dict[int, list[Slice]]
@@ -42,7 +42,7 @@ class RankPlan:
 
     buckets: list[Bucket]
     shard: EngineShard
-    """What its engine expects; empty on a rank that only sends."""
+    """What its engine receives; empty on a rank that only sends."""
 
     @classmethod
     def of(cls, plan: ShardPlan, rank: int, expert_rows: Mapping[int, int]) -> "RankPlan":

@@ -1,14 +1,14 @@
-"""Who copies which slice of which parameter to whom, so that trained shards become engine shards.
+"""The shard plan: which rank sends which slice of which parameter to which rank in a weight sync.
 
 Both sides are described by the same kind of table (`models/tensor_map.py`): a shard is made of row ranges of Hugging
 Face matrices. So the plan is an intersection: elements in a row range of a trained shard and in one of an engine's
 shard are copied from the former to the latter. Interleaved query groups, stacked projections, replicated
-KV heads, numbered experts and padded vocabularies are all in the tables; nothing here knows of them.
+KV heads, numbered experts and padded vocabularies are all in the tables; this file does not know them.
 
     sources x targets -> pairs that share tensors -> blocks per pair of shards -> a sender each -> buckets
 
-Every element of every target is written once. It comes from the rank itself where that holds it, and else from one of
-the replicas, which share the work of each parameter evenly and, where they can, serve different engines. Parameters
+Every element of every target is written once. It comes from the rank itself if that owns it, else from one of the
+replicas, which share the work of each parameter evenly and, where they can, serve different engines. Parameters
 travel in the order of the targets in buckets of bounded size, so an engine can load one while the next travels.
 
 Layers and experts repeat, so the blocks are computed once for each class of pairs and each rank enumerates only what
@@ -153,7 +153,7 @@ def plan_sync(
     dtype: str,
     bucket_bytes: int,
 ) -> ShardPlan:
-    """The plan from a trained model to vLLM engines that hold the same dtype.
+    """The plan from a trained model to vLLM engines whose weights have the same dtype.
 
     Args:
         hf: config.json of the model.

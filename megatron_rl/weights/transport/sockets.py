@@ -132,7 +132,7 @@ def _connect_to(endpoint: Endpoint, receiver: int, rank: int, round: str, timeou
         if connection is not None:
             connection.close()
         refused = reached and not isinstance(error, TimeoutError)
-        reason = "refused: the token or the round is another" if refused else _said(error, timeout_seconds)
+        reason = "refused: the token or the round is another" if refused else _reason(error, timeout_seconds)
         raise TransferError(f"{where}: {reason}") from None
     return connection
 
@@ -181,7 +181,7 @@ class SocketTransport:
             connection.sendall(_HEADER.pack(bucket, len(message)))
             connection.sendall(_buffer(message))
         except OSError as error:
-            reason = _said(error, self.timeout_seconds)
+            reason = _reason(error, self.timeout_seconds)
             raise TransferError(f"weights to rank {receiver}, bucket {bucket}: {reason}") from None
 
     def _receive(self, bucket: int, sender: int, limit: int) -> Tensor:
@@ -193,7 +193,7 @@ class SocketTransport:
             message = torch.empty(num_bytes, dtype=torch.uint8)
             _fill(connection, _buffer(message))
         except OSError as error:
-            raise TransferError(f"{where}: {_said(error, self.timeout_seconds)}") from None
+            raise TransferError(f"{where}: {_reason(error, self.timeout_seconds)}") from None
         return message
 
 
@@ -243,7 +243,7 @@ def _close(peers: Mapping[int, socket.socket]) -> None:
         connection.close()
 
 
-def _said(error: OSError, timeout_seconds: float) -> str:
+def _reason(error: OSError, timeout_seconds: float) -> str:
     if isinstance(error, TimeoutError):
         return f"not done within {timeout_seconds:g} s"
     return f"the connection ended: {error}"

@@ -175,7 +175,7 @@ def test_at_most_two_buckets_exist(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-def test_checksums_add_up_over_boxes_in_any_order(dtype: torch.dtype) -> None:
+def test_checksums_add_up_over_blocks_in_any_order(dtype: torch.dtype) -> None:
     whole = torch.randn(7, 10, generator=torch.Generator().manual_seed(1)).to(dtype)
     blocks = [(0, 0, 3, 10), (3, 4, 4, 6), (3, 0, 4, 4)]
     total = 0

@@ -1,4 +1,4 @@
-"""Plans carried out over TCP by threads, and every way in which that can go wrong: a clear error, soon.
+"""A plan carried out over TCP by threads, and every fault that can happen: a clear error, soon.
 
 The same plan as in `test_exchange.py`: rank 0 sends, ranks 1 and 2 receive.
 """
