@@ -20,8 +20,9 @@ one with it, as long as that makes the costlier of the two cheaper.
 import heapq
 from bisect import insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +58,11 @@ class MicroBatch:
     """[T] float32 each, 0 on padding."""
     sequence_ids: tuple[int, ...]
     """Which input sequences the micro-batch holds, in order; without the padding."""
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """The micro-batch with its tensors on a device."""
+        tensors: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors, per_token={name: value.to(device) for name, value in self.per_token.items()})
 
 
 def pack(sequences: Sequence[TrainingSequence], indices: Sequence[int], *, pad_to_multiple: int) -> MicroBatch:

@@ -6,8 +6,7 @@ the padding. So losses see whole micro-batches at any layout.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from megatron_rl.data.packing import MicroBatch
 from megatron_rl.device import this_device
+from megatron_rl.models.attention import packed_seq_params
 from megatron_rl.parallel.context_parallel import ContextSplit, gather_outputs
 from megatron_rl.parallel.fused_linear_logits_loss import OfLogits
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses, Tokens
@@ -55,14 +55,10 @@ class MicroBatchPart:
     def of(micro_batch: MicroBatch, groups: Groups, *, multiple: int, at_least: int = 0) -> "MicroBatchPart":
         """This rank's part: a multiple of `multiple` tokens long, and at least `at_least`."""
         size = groups.cp.size()
-        tensors: Any = {
-            name: value.to(this_device()) for name, value in vars(micro_batch).items() if isinstance(value, Tensor)
-        }
-        per_token = {name: value.to(this_device()) for name, value in micro_batch.per_token.items()}
-        moved = replace(micro_batch, **tensors, per_token=per_token)
+        moved = micro_batch.to(this_device())
         num_real = int(micro_batch.cu_seqlens[len(micro_batch.sequence_ids)])
         if size == 1 and len(micro_batch.tokens) % multiple == 0 and len(micro_batch.tokens) >= at_least:
-            params = _packed_seq_params(moved.cu_seqlens, micro_batch.max_seqlen)
+            params = packed_seq_params(moved.cu_seqlens, micro_batch.max_seqlen)
             padding = None
             if num_real < len(micro_batch.tokens):
                 padding = torch.arange(len(micro_batch.tokens), device=this_device()) >= num_real
@@ -79,7 +75,7 @@ class MicroBatchPart:
             tokens=moved.tokens[slots],
             labels=moved.labels[slots],
             position_ids=split.position_ids.to(this_device()),
-            packed_seq_params=_packed_seq_params(split.cu_seqlens.to(this_device()), split.max_seqlen),
+            packed_seq_params=packed_seq_params(split.cu_seqlens.to(this_device()), split.max_seqlen),
             is_padding=split.is_padding.to(this_device()) | (slots >= num_real),
             slots=slots,
             restore=split.restore.to(this_device()),
@@ -128,15 +124,3 @@ def parts_of_micro_batches(
         MicroBatchPart.of(micro_batch, groups, multiple=multiple, at_least=length)
         for micro_batch, length in zip(micro_batches, longest, strict=True)
     ]
-
-
-def _packed_seq_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=cu_seqlens,
-        cu_seqlens_kv_padded=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-    )

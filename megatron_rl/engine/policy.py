@@ -1,13 +1,11 @@
 """The policy: this rank's shard of a Megatron-Core model, with the table that says what its tensors are elsewhere."""
 
-import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
@@ -27,11 +25,10 @@ from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.choices import choose
 from megatron_rl.models.families import family_of
 from megatron_rl.models.sizes import model_sizes
-from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.sizes import ModelSizes
 from megatron_rl.weights.files.gather import HFTensorIterator
-from megatron_rl.weights.files.hf_reader import HFCheckpointReader
+from megatron_rl.weights.files.hf_reader import load_hf_weights
 from megatron_rl.weights.files.local_shards import Place, check_table, local_parameters
 from megatron_rl.weights.quantized.formats import refusal
 
@@ -166,28 +163,7 @@ class Policy:
         Raises:
             UserError: a tensor is missing, unknown or of the wrong shape, or a file is corrupt.
         """
-        reader = HFCheckpointReader(folder)
-        reader.check(self.maps)
-        left_out = reader.left_out()
-        if left_out is not None and dist.get_rank() == 0:
-            print(f"megatron-rl: {left_out}", file=sys.stderr, flush=True)
-        with torch.no_grad():
-            self._read_shards(reader, self.maps)
-            self._share_tied_embedding(reader)
-
-    def _read_shards(self, reader: HFCheckpointReader, maps: list[TensorMap]) -> None:
-        place = Place.of(self.groups)
-        for tensor_map in maps:
-            if tensor_map.name in self.parameters:
-                reader.read_shard(tensor_map, *place.in_group_of(tensor_map), self.parameters[tensor_map.name])
-
-    def _share_tied_embedding(self, reader: HFCheckpointReader) -> None:
-        """The last pipeline stage's copy of a tied embedding holds the same rows as the first stage's."""
-        gpt = self.models[-1]
-        if gpt.share_embeddings_and_output_weights and gpt.post_process and not gpt.pre_process:
-            embedding = next(m for m in self.maps if m.name == "embedding.word_embeddings.weight")
-            tp = self.groups.tp
-            reader.read_shard(embedding, tp.rank(), tp.size(), gpt.output_layer.weight)
+        load_hf_weights(self.models, self.maps, self.groups, folder)
 
     def hf_tensors(self, *, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
         """The whole policy as (Hugging Face name, full tensor). Collective: every rank must exhaust it."""

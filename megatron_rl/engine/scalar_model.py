@@ -32,7 +32,7 @@ from megatron_rl.models.scalar_head import ScalarHead, backbone_config, is_scala
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.files.hf_reader import HFCheckpointReader
-from megatron_rl.weights.files.local_shards import VALUE_HEAD
+from megatron_rl.weights.files.local_shards import VALUE_HEAD, Place
 
 
 class ValueHead:
@@ -84,8 +84,8 @@ class ScalarModel(Policy):
         absent = {m.name for m in self.maps if m.name.startswith("output_layer.") and not _has(reader, m.hf_shapes)}
         stored = [m for m in self.maps if m.name not in absent]
         reader.check(stored)
+        reader.read_shards(self.parameters, stored, Place.of(self.groups))
         with torch.no_grad():
-            self._read_shards(reader, stored)
             for name in absent & self.parameters.keys():
                 self.parameters[name].zero_()
 

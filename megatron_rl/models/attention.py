@@ -234,3 +234,21 @@ class PortableAttention(MegatronModule):
 
 def _with_channels(x: Tensor, channels: int) -> Tensor:
     return x if x.shape[-1] == channels else torch.nn.functional.pad(x, (0, channels - x.shape[-1]))
+
+
+def packed_seq_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
+    """What core's GPTModel takes as `packed_seq_params` of a packed row.
+
+    Args:
+        cu_seqlens: [S + 1] int32, bounds of the sequences; under context parallelism of the padded ones.
+        max_seqlen: length of the longest of them.
+    """
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )

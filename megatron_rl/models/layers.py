@@ -183,7 +183,7 @@ class _SpecifiedLatentAttention(MLASelfAttention):
 
 
 def decoder_layers(
-    config: TransformerConfig, *, use_transformer_engine: bool, vp_stage: int | None
+    config: TransformerConfig, *, use_transformer_engine: bool, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of the chunk `vp_stage` of it, dense ones and those with experts."""
     block = get_gpt_decoder_block_spec(

@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config.schema import QuantizedFormat, SyncConfig, SyncVerify
@@ -28,10 +27,10 @@ from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.remote import NoEngine, RemoteEngine
 from megatron_rl.sync.engines import Engine
 from megatron_rl.sync.remote_sync import RemoteSync
-from megatron_rl.weights.plan.engine_table import engine_maps
+from megatron_rl.weights.files.local_shards import trained_ranks
 from megatron_rl.weights.plan.rank_plan import RankPlan
-from megatron_rl.weights.plan.ranks import EngineRanks, TrainedRanks, layer_of
-from megatron_rl.weights.plan.shard_plan import ShardPlan
+from megatron_rl.weights.plan.ranks import EngineRanks
+from megatron_rl.weights.plan.shard_plan import plan_sync
 from megatron_rl.weights.quantized.formats import quantized_tensors
 from megatron_rl.weights.quantized.fp8_parameters import dequantized
 from megatron_rl.weights.transport.exchange import Exchange, Loader, OnFilled, verified
@@ -80,7 +79,7 @@ class WeightSync:
         self._remote: RemoteSync | None = None
         if quantization is not None:
             return  # vLLM's own loader places quantised tensors, which it wants whole
-        trained = trained_ranks(policy)
+        trained = trained_ranks(policy.parameters, policy.groups)
         rank, remote = policy.groups.world.rank(), layout.remote_engines is not None
         engines = EngineRanks(
             num_engines=layout.num_engines,
@@ -89,7 +88,8 @@ class WeightSync:
             first_rank=trained.world_size if remote else 0,
             num_experts=max((tensor_map.num_experts for tensor_map in policy.maps), default=0),
         )
-        plan = plan_sync(policy, trained, engines, bucket_bytes=self._bucket_bytes)
+        dtype = str(policy.dtype).removeprefix("torch.")
+        plan = plan_sync(policy.hf, policy.maps, trained, engines, dtype=dtype, bucket_bytes=self._bucket_bytes)
         if isinstance(engine, RemoteEngine | NoEngine):
             number = layout.engine(rank)
             self._remote = RemoteSync(policy, plan, engines, self.config, engine=engine, number=number)
@@ -165,34 +165,3 @@ class WeightSync:
                 f"weights of version {version}: the engine's log-probs are off the policy's by {difference:.3g} nats, "
                 f"sync.verify_tolerance is {self.config.verify_tolerance:g}"
             )
-
-
-def trained_ranks(policy: Policy) -> TrainedRanks:
-    """The layout that a policy has; collective over its pipeline."""
-    groups = policy.groups
-    mine = sorted({layer for name in policy.parameters if (layer := layer_of(name)) is not None})
-    stages: list[list[int]] = [[] for _ in range(groups.pp.size())]
-    dist.all_gather_object(stages, mine, group=groups.pp)
-    stage_of_layer = {layer: stage for stage, layers in enumerate(stages) for layer in layers}
-    return TrainedRanks(
-        tensor=groups.tp.size(),
-        pipeline=groups.pp.size(),
-        data=groups.dp.size(),
-        stage_of_layer=tuple(stage_of_layer[layer] for layer in sorted(stage_of_layer)),
-        context=groups.cp.size(),
-        expert=groups.ep.size(),
-        expert_tensor=groups.etp.size(),
-    )
-
-
-def plan_sync(policy: Policy, trained: TrainedRanks, engines: EngineRanks, *, bucket_bytes: int) -> ShardPlan:
-    """The plan from a policy to engines whose weights have its dtype."""
-    name = str(policy.dtype).removeprefix("torch.")
-    heads = policy.hf.get("num_key_value_heads") or policy.hf["num_attention_heads"]
-    in_float32 = {hf_name for tensor_map in policy.maps if tensor_map.float32 for hf_name in tensor_map.hf_shapes}
-    sources = trained.entries(policy.maps, lambda tensor_map: "float32" if tensor_map.float32 else name)
-    targets = engines.entries(
-        engine_maps(policy.maps, num_key_value_heads=heads),
-        lambda tensor_map: name if in_float32.isdisjoint(tensor_map.hf_shapes) else "float32",
-    )
-    return ShardPlan(sources, targets, bucket_bytes=bucket_bytes)

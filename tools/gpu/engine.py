@@ -36,20 +36,23 @@ def weight_sync(quick: bool) -> Figures:
     from datetime import timedelta
 
     from megatron_rl.device import this_device
-    from megatron_rl.sync.weight_sync import plan_sync, trained_ranks
+    from megatron_rl.weights.files.local_shards import trained_ranks
     from megatron_rl.weights.plan.rank_plan import RankPlan
     from megatron_rl.weights.plan.ranks import EngineRanks
+    from megatron_rl.weights.plan.shard_plan import plan_sync
     from megatron_rl.weights.transport.exchange import Exchange
     from megatron_rl.weights.transport.process_group import ProcessGroupTransport
 
     with tempfile.TemporaryDirectory() as folder:
         policy, engine = _engine_and_policy(Path(folder), "1B")
         num_bytes = sum(p.numel() * p.element_size() for p in policy.parameters.values())
-        trained = trained_ranks(policy)
+        trained = trained_ranks(policy.parameters, policy.groups)
         engines = EngineRanks(
             num_engines=1, tensor=1, stage_of_layer=(0,) * len(trained.stage_of_layer), first_rank=0, num_experts=0
         )
-        rank_plan = RankPlan.of(plan_sync(policy, trained, engines, bucket_bytes=256 << 20), 0, engines.expert_rows(0))
+        dtype = str(policy.dtype).removeprefix("torch.")
+        plan = plan_sync(policy.hf, policy.maps, trained, engines, dtype=dtype, bucket_bytes=256 << 20)
+        rank_plan = RankPlan.of(plan, 0, engines.expert_rows(0))
         transport = ProcessGroupTransport(policy.groups.world, timeout=timedelta(seconds=60), device=this_device())
         exchange = Exchange(rank_plan)
         version = 0

@@ -6,14 +6,25 @@ time in float32, where every product of a code and its scale is exact; the cast 
 bfloat16 not at all.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_rl.models.tensor_map import RowRange, TensorMap
+from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.files.hf_checkpoint import HFCheckpointFiles
-from megatron_rl.weights.files.local_shards import matrix, rows, shard_parts
+from megatron_rl.weights.files.local_shards import (
+    Place,
+    check_table,
+    local_parameters,
+    matrix,
+    rows,
+    shard_parts,
+)
 from megatron_rl.weights.files.safetensors_files import mapped
 from megatron_rl.weights.files.stored_forms import FP8_BLOCK, MXFP4_BLOCK, Float8, Form, Mxfp4, Plain
 from megatron_rl.weights.quantized.fp8_parameters import fillable
@@ -89,3 +100,39 @@ class HFCheckpointReader(HFCheckpointFiles):
                 form = self.form(piece.row_range.hf_name)
                 assert form is not None, f"{piece.row_range.hf_name}: not checked before it is read"
                 copy_row_range(form, tensor_map, piece.row_range, piece.shard)
+
+    @torch.no_grad()
+    def read_shards(self, parameters: Mapping[str, Tensor], maps: Sequence[TensorMap], place: Place) -> None:
+        """Fill a rank's parameters, by their names in the table; those that the rank does not have are passed over."""
+        for tensor_map in maps:
+            if tensor_map.name in parameters:
+                self.read_shard(tensor_map, *place.in_group_of(tensor_map), parameters[tensor_map.name])
+
+    @torch.no_grad()
+    def read_tied_embedding(self, model: Any, maps: Sequence[TensorMap], place: Place) -> None:
+        """The last pipeline stage's copy of a tied embedding holds the same rows as the first stage's."""
+        if model.share_embeddings_and_output_weights and model.post_process and not model.pre_process:
+            embedding = next(m for m in maps if m.name == "embedding.word_embeddings.weight")
+            self.read_shard(embedding, *place.tp, model.output_layer.weight)
+
+
+def load_hf_weights(models: Sequence[nn.Module], maps: Sequence[TensorMap], groups: Groups, folder: str | Path) -> None:
+    """Fill this rank's GPTModels from a Hugging Face checkpoint, reading only what they hold.
+
+    Args:
+        models: this rank's chunks, first one first, not yet wrapped; parameters of any floating dtype.
+        maps: the family's table.
+        groups: of this rank.
+        folder: of the checkpoint.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of the wrong shape, or a file is corrupt.
+    """
+    reader, place, parameters = HFCheckpointReader(folder), Place.of(groups), local_parameters(models)
+    reader.check(maps)
+    check_table(parameters, maps, place)
+    left_out = reader.left_out()
+    if left_out is not None and groups.world.rank() == 0:
+        print(f"megatron-rl: {left_out}", file=sys.stderr, flush=True)
+    reader.read_shards(parameters, maps, place)
+    reader.read_tied_embedding(models[-1], maps, place)

@@ -5,14 +5,16 @@ with a table. `matrix`, `rows` and `shard_parts` turn the table's row ranges int
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_rl.models.tensor_map import RowRange, TensorMap
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.weights.plan.ranks import TrainedRanks, layer_of
 
 # Transformer Engine fuses each norm into the linear layer after it; the tables use the unfused names.
 FUSED_NORMS = {
@@ -84,6 +86,23 @@ class Place:
     def in_group_of(self, tensor_map: TensorMap) -> tuple[int, int]:
         """(rank, size) in the group that splits this parameter."""
         return self.tp if tensor_map.expert is None else self.etp
+
+
+def trained_ranks(parameters: Mapping[str, Tensor], groups: Groups) -> TrainedRanks:
+    """The layout that a model has, given this rank's part of it; collective over its pipeline."""
+    mine = sorted({layer for name in parameters if (layer := layer_of(name)) is not None})
+    stages: list[list[int]] = [[] for _ in range(groups.pp.size())]
+    dist.all_gather_object(stages, mine, group=groups.pp)
+    stage_of_layer = {layer: stage for stage, layers in enumerate(stages) for layer in layers}
+    return TrainedRanks(
+        tensor=groups.tp.size(),
+        pipeline=groups.pp.size(),
+        data=groups.dp.size(),
+        stage_of_layer=tuple(stage_of_layer[layer] for layer in sorted(stage_of_layer)),
+        context=groups.cp.size(),
+        expert=groups.ep.size(),
+        expert_tensor=groups.etp.size(),
+    )
 
 
 def check_table(parameters: dict[str, Tensor], maps: Sequence[TensorMap], place: Place) -> None:

@@ -18,12 +18,13 @@ it sends or receives: a plan of thousands of ranks takes seconds. Pure: no tenso
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.weights.plan.blocks import BlockCopy
 from megatron_rl.weights.plan.cuts import Cut, PairCuts, cuts_of
-from megatron_rl.weights.plan.ranks import ITEMSIZE, Entry, Ranks
+from megatron_rl.weights.plan.engine_table import engine_maps
+from megatron_rl.weights.plan.ranks import ITEMSIZE, EngineRanks, Entry, Ranks, TrainedRanks
 
 _NUMBERS = re.compile(r"\d+")
 
@@ -141,6 +142,34 @@ class ShardPlan:
     def _items(self, bucket: int) -> Iterator[tuple[_Pair, int]]:
         for index, part in self.buckets[bucket]:
             yield self._pairs[index], part
+
+
+def plan_sync(
+    hf: dict[str, Any],
+    maps: Sequence[TensorMap],
+    trained: TrainedRanks,
+    engines: EngineRanks,
+    *,
+    dtype: str,
+    bucket_bytes: int,
+) -> ShardPlan:
+    """The plan from a trained model to vLLM engines whose weights have the same dtype.
+
+    Args:
+        hf: config.json of the model.
+        maps: the table of its family.
+        trained, engines: which ranks hold which parameter.
+        dtype: of the weights, a key of `ITEMSIZE`; those that the table keeps in float32 travel so.
+        bucket_bytes: what a rank receives in one bucket, at most.
+    """
+    heads = hf.get("num_key_value_heads") or hf["num_attention_heads"]
+    in_float32 = {hf_name for tensor_map in maps if tensor_map.float32 for hf_name in tensor_map.hf_shapes}
+    sources = trained.entries(maps, lambda tensor_map: "float32" if tensor_map.float32 else dtype)
+    targets = engines.entries(
+        engine_maps(maps, num_key_value_heads=heads),
+        lambda tensor_map: dtype if in_float32.isdisjoint(tensor_map.hf_shapes) else "float32",
+    )
+    return ShardPlan(sources, targets, bucket_bytes=bucket_bytes)
 
 
 def _slice(pair: _Pair, cut: Cut) -> Slice:
