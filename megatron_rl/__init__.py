@@ -11,10 +11,14 @@ The rooms, from the bottom up; imports point down only:
     device      what makes Megatron-Core run on a CPU
     models      Hugging Face config -> Megatron-Core model, and the table of where each tensor goes
     weights     moving tensors through that table: files, other ranks, vLLM
-    engine      initialise, forward and backward, optimizer, log-probs
+    engine      forward and backward over micro-batches, optimizer, log-probs
     checkpoint  training state; Hugging Face import and export
-    rollout     vLLM
-    trainer     the loop, evaluation, metrics, report
+    rollout     vLLM engines
+    runs        the folder of a run: logs, progress, watchdog
+    objectives  losses and advantage estimators by name, bound to micro-batches
+    sync        the trained weights into the engines
+    report      report.html of a run
+    trainer     the recipes: RL, SFT, preferences, reward models
     cli         parse, build, call
 """
 

@@ -2,11 +2,11 @@
 
     python -m tools.bench_attention [--lengths 1024 2048 4096 8192 16384] [--heads 8] [--groups 2] [--channels 64]
 
-Columns: `local` is Megatron's DotProductAttention, which holds the matrix of scores and takes no packed row; `portable`
-the same single sequence; `packed` a row of as many tokens in sequences of 512; `window` the same single sequence with a
-sliding window of 512, through the interval attention; `interval` the whole sequence through it, as under context
-parallelism. Each measurement is a process of its own, in float32 with the threads that torch takes; memory is the peak
-of the process above what it had before.
+Columns: `local` is Megatron's DotProductAttention, which holds the matrix of scores and takes no micro-batch;
+`portable` the same single sequence; `packed` a micro-batch of as many tokens in sequences of 512; `window` the same
+single sequence with a sliding window of 512, through the interval attention; `interval` the whole sequence through it,
+as under context parallelism. Each measurement is a process of its own, in float32 with the threads that torch takes;
+memory is the peak of the process above what it had before.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Packing and balancing on real lengths, and a training step on packed rows against padded ones.
+"""Packing and balancing on real lengths, and a training step on micro-batches against padded ones.
 
     python -m tools.bench_packing GSM8K.jsonl [--batch 1024] [--micro-batch-tokens 8192] [--no-step]
 
 Lengths are those of GSM8K's questions and answers under a tokenizer of byte pairs trained on the file itself, so no
 download is needed. For 8 and 64 data-parallel ranks: packing efficiency and imbalance of tokens, and the lowest
 imbalance that the data allow. A step is forward and backward of a small Qwen3 on this machine's CPU, once over packed
-rows and once over the same sequences, each filled up to the longest of the batch, as padding does.
+micro-batches and once over the same sequences, each filled up to the longest of the batch, as padding does.
 """
 
 import argparse
@@ -42,10 +42,10 @@ def report_packing(lengths: list[int], micro_batch_tokens: int, batch: int) -> N
         found = []
         for start in range(0, len(lengths) - batch + 1, batch):
             part = lengths[start : start + batch]
-            # Rows of several sequences: with 64 ranks a rank has fewer tokens than a full row.
-            rows = min(micro_batch_tokens, sum(part) // num_ranks + max(part))
+            # Micro-batches of several sequences: with 64 ranks a rank has fewer tokens than a full micro-batch.
+            micro_batches = min(micro_batch_tokens, sum(part) // num_ranks + max(part))
             begin = time.perf_counter()
-            plan = plan_micro_batches(part, num_ranks=num_ranks, micro_batch_tokens=rows)
+            plan = plan_micro_batches(part, num_ranks=num_ranks, micro_batch_tokens=micro_batches)
             seconds = time.perf_counter() - begin
             found.append((packing_efficiency(plan, part), imbalance(plan, part), lower_bound(part, num_ranks), seconds))
         efficiency, imbalanced, bound, seconds_each = zip(*found, strict=True)
@@ -95,7 +95,7 @@ def report_step(lengths: list[int], micro_batch_tokens: int) -> None:
             batch = MiniBatch.of(sequences, range(len(sizes)), groups, micro_batch_tokens=tokens, pad_to_multiple=1)
             objective = SupervisedObjective(AlgorithmConfig(), batch.counts, token_sum_norm=1.0)
             begin = time.perf_counter()
-            forward_backward(policy, batch.rows, objective)
+            forward_backward(policy, batch.micro_batches, objective)
             return time.perf_counter() - begin
 
         longest = max(lengths)

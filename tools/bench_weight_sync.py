@@ -31,12 +31,12 @@ from transformers import AutoConfig
 from megatron_rl.models.families import family_of
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.weights.plan.engine_table import engine_maps
-from megatron_rl.weights.plan.rank_plan import Orders
+from megatron_rl.weights.plan.rank_plan import RankPlan
 from megatron_rl.weights.plan.ranks import EngineRanks, TrainedRanks
 from megatron_rl.weights.plan.shard_plan import ShardPlan, Slice
 from megatron_rl.weights.transport.exchange import Exchange, Pending
 from megatron_rl.weights.transport.folder import FolderTransport
-from megatron_rl.weights.transport.sockets import Door, Listener, connect
+from megatron_rl.weights.transport.sockets import Endpoint, Listener, connect
 from tools.bench_log_probs import PeakMemory
 
 BUCKET = 64 << 20
@@ -68,11 +68,11 @@ class NoPeers:
 class Memory:
     """A loader into plain tensors of the engine's shapes."""
 
-    def __init__(self, orders: Orders) -> None:
-        self.tensors = {n: torch.zeros(shape, dtype=torch.bfloat16) for n, shape in orders.shard.shapes.items()}
+    def __init__(self, rank_plan: RankPlan) -> None:
+        self.tensors = {n: torch.zeros(shape, dtype=torch.bfloat16) for n, shape in rank_plan.shard.shapes.items()}
 
     def write(self, piece: Slice, values: Tensor, expected: int | None) -> None:
-        self.tensors[piece.target][piece.block.target_box].copy_(values)
+        self.tensors[piece.target][piece.block.target_index].copy_(values)
 
     def end_bucket(self) -> None:
         """Nothing to prepare."""
@@ -95,12 +95,12 @@ def timed(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def receive(folder: str, orders: str, rounds: int, way: str, max_changed: float) -> None:
+def receive(folder: str, plan_text: str, rounds: int, transport_name: str, max_changed: float) -> None:
     """The engine's process."""
     torch.set_num_threads(1)
-    told, listener = Orders.from_text(orders), Listener(HOST)
-    memory, mapped = Memory(told), dict[str, Tensor]()
-    exchange = Exchange(told, max_changed=max_changed)
+    rank_plan, listener = RankPlan.from_text(plan_text), Listener(HOST)
+    memory, mapped = Memory(rank_plan), dict[str, Tensor]()
+    exchange = Exchange(rank_plan, max_changed=max_changed)
     Path(folder, "port").write_text(str(listener.port))
     Path(folder, "ready").touch()
     for index in range(rounds):
@@ -109,7 +109,7 @@ def receive(folder: str, orders: str, rounds: int, way: str, max_changed: float)
             time.sleep(0.0005)
         transport = (
             FolderTransport(messages, 1, timeout_seconds=120, mapped=mapped)
-            if way == "shared memory"
+            if transport_name == "shared memory"
             else listener.accept({0}, rank=1, round=str(index), token="", timeout_seconds=120)
         )
         exchange.run({}, memory, transport, version=index)
@@ -117,7 +117,7 @@ def receive(folder: str, orders: str, rounds: int, way: str, max_changed: float)
 
 
 def apart(
-    way: str,
+    transport_name: str,
     parameters: dict[str, Tensor],
     maps: list[TensorMap],
     layers: int,
@@ -129,16 +129,16 @@ def apart(
     """Into another process; `changed`: share of the elements that differ from round to round, sent alone if few."""
     plan_apart = plan(maps, layers, 1)
     max_changed = 0.25 if changed < 1 else 0.0
-    sender = Exchange(Orders.of(plan_apart, 0, {}), max_changed=max_changed)
+    sender = Exchange(RankPlan.of(plan_apart, 0, {}), max_changed=max_changed)
     seconds, mapped = [], dict[str, Tensor]()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        orders = Orders.of(plan_apart, 1, {}).to_text()
-        arguments = (folder, orders, repeats + 2, way, max_changed)
+        rank_plan = RankPlan.of(plan_apart, 1, {}).to_text()
+        arguments = (folder, rank_plan, repeats + 2, transport_name, max_changed)
         process = multiprocessing.get_context("spawn").Process(target=receive, args=arguments)
         process.start()
         while not Path(folder, "ready").exists():
             time.sleep(0.01)
-        door = Door(HOST, int(Path(folder, "port").read_text()), "")
+        endpoint = Endpoint(HOST, int(Path(folder, "port").read_text()), "")
         for index in range(repeats + 2):
             if changed < 1:
                 change(parameters, changed)
@@ -147,8 +147,8 @@ def apart(
             messages.mkdir()
             transport = (
                 FolderTransport(messages, 0, timeout_seconds=120, mapped=mapped)
-                if way == "shared memory"
-                else connect({1: door}, rank=0, round=str(index), timeout_seconds=120)
+                if transport_name == "shared memory"
+                else connect({1: endpoint}, rank=0, round=str(index), timeout_seconds=120)
             )
             sender.run(parameters, None, transport, version=index)
             transport.close()
@@ -158,7 +158,7 @@ def apart(
         process.join()
         slots = sum(file.stat().st_size for file in Path(folder).glob("slot*"))
     # The first round makes the memory of messages, and with changes sends everything.
-    show(way + (f", {changed:.0%} changed" if changed < 1 else ""), statistics.median(seconds[2:]), floor)
+    show(transport_name + (f", {changed:.0%} changed" if changed < 1 else ""), statistics.median(seconds[2:]), floor)
     memory = f"; {slots / BUCKET:.1f} buckets of shared memory" if slots else ""
     print(f"{'':26} {sender.sent_bytes / 1e6:.0f} MB sent{memory}")
 
@@ -186,12 +186,12 @@ def main() -> None:
 
     floor = memory_copy(parameters, arguments.repeats)
     show("memory copy", floor, floor)
-    orders = Orders.of(plan(maps, arguments.layers, 0), 0, {})
-    exchange = Exchange(orders)
-    into_memory(exchange, Memory(orders), parameters, arguments.repeats, floor)
-    for way, changed in (("shared memory", 1.0), ("network", 1.0), ("network", 0.02)):
-        apart(way, parameters, maps, arguments.layers, arguments.repeats, floor, changed=changed)
-    into_vllm(config, parameters, maps, orders, exchange, arguments.repeats, floor)
+    rank_plan = RankPlan.of(plan(maps, arguments.layers, 0), 0, {})
+    exchange = Exchange(rank_plan)
+    into_memory(exchange, Memory(rank_plan), parameters, arguments.repeats, floor)
+    for transport_name, changed in (("shared memory", 1.0), ("network", 1.0), ("network", 0.02)):
+        apart(transport_name, parameters, maps, arguments.layers, arguments.repeats, floor, changed=changed)
+    into_vllm(config, parameters, maps, rank_plan, exchange, arguments.repeats, floor)
 
 
 def memory_copy(parameters: dict[str, Tensor], repeats: int) -> float:
@@ -214,7 +214,7 @@ def into_vllm(
     config: object,
     parameters: dict[str, Tensor],
     maps: list[TensorMap],
-    orders: Orders,
+    rank_plan: RankPlan,
     exchange: Exchange,
     repeats: int,
     floor: float,
@@ -241,7 +241,7 @@ def into_vllm(
 
         def shards() -> None:
             engine.load_shards(
-                orders.shard, lambda loader: exchange.run(parameters, loader, NoPeers(), version=1), version=1
+                rank_plan.shard, lambda loader: exchange.run(parameters, loader, NoPeers(), version=1), version=1
             )
 
         show("colocated, into vLLM", timed(shards, repeats), floor)

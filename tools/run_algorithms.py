@@ -4,8 +4,8 @@
     python tools/run_algorithms.py dpo name=quickstart_weak algorithm.preference.beta=0.1        the same, set otherwise
     python tools/run_algorithms.py --table             the table of all such runs in runs/
 
-It needs the quickstart's material, runs/arithmetic and runs/quickstart_sft, in the current folder; recipes on judged
-answers also runs/arithmetic_pairs (tools/make_pairs.py); a recipe that names the run of another recipe, as that of
+It needs the material of the quickstart, runs/arithmetic and runs/quickstart_sft, in this folder; recipes on preference
+data also runs/arithmetic_pairs (tools/make_pairs.py); a recipe that names the run of another recipe, as that of
 quickstart_ppo_learned does, that run. A policy that was trained on preferences or on targets is evaluated afterwards on
 the held-out problems of the others.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from megatron_rl.runs.directory import RunDirectory
-from megatron_rl.runs.metrics_log import read_metrics
+from megatron_rl.runs.logs import read_metrics
 
 RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
 PREFIX = "quickstart_"

@@ -1,10 +1,9 @@
-"""From one reward per completion to one advantage per completion: against its group, the batch, or the past.
+"""From rewards to advantages: of completions, against their group, the batch or the past; and of tokens (GAE).
 
-A group is the set of completions with equal id (of one prompt), in any order and of any size: nothing here reshapes.
-Arithmetic is float64, in which a sum of equal float32 rewards is exact, so that a group without contrast gets exactly 0
-and not a rounding error that a tiny standard deviation would blow up.
-
-Which of them bias the policy gradient, E[A grad log pi] against the gradient of E[reward] (tests/theory shows each):
+Of completions. A group is the set of completions with equal id (of one prompt), in any order and of any size: nothing
+here reshapes. Arithmetic is float64, in which a sum of equal float32 rewards is exact, so that a group without contrast
+gets exactly 0 and not a rounding error that a tiny standard deviation would blow up. Which of them bias the policy
+gradient, E[A grad log pi] against the gradient of E[reward] (tests/theory shows each):
 
     leave one out               unbiased: the baseline of a completion does not depend on it
     group mean                  (K - 1)/K times the unbiased one, for groups of K: a matter of the learning rate
@@ -12,16 +11,13 @@ Which of them bias the policy gradient, E[A grad log pi] against the gradient of
     running baseline            unbiased, if it is of the steps before
     whitening over the batch    biased by a part that vanishes with the batch: one scale for all prompts
 
-From a reward per token to returns and advantages per token: Monte Carlo, TD(0), and everything between (GAE).
-
-The steps of an episode are the *trained* tokens of its sequence, in order. Tokens with mask 0 in between, such as a
-tool's output, are part of the next state and no steps of their own: nothing is discounted over them, their values are
-not read, and credit passes across them. `values[t]` is the value of the state in which token t was chosen, so values,
-rewards, log-probs and the mask are aligned: one number per decision. Rewards on masked tokens count for nothing; put an
-episode's reward on its last trained token (`reward_shaping`).
-
-The recurrence A_k = delta_k + gamma lambda A_{k+1} runs over all sequences of a row at once by doubling: log2(T) vector
-operations, no loop over tokens.
+Of tokens: Monte Carlo, TD(0) and everything between. The steps of an episode are the *trained* tokens of its sequence,
+in order. Tokens with mask 0 in between, such as a tool's output, are part of the next state and no steps of their own:
+nothing is discounted over them, their values are not read, and credit passes across them. `values[t]` is the value of
+the state in which token t was chosen, so values, rewards, log-probs and the mask are aligned: one number per decision.
+Rewards on masked tokens count for nothing; put an episode's reward on its last trained token (`reward_shaping`). The
+recurrence A_k = delta_k + gamma lambda A_{k+1} runs over all sequences of a micro-batch at once by doubling: log2(T)
+vector operations, no loop over tokens.
 """
 
 from dataclasses import dataclass

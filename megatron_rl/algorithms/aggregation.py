@@ -1,14 +1,13 @@
-"""From per-token losses to the one number that is minimised, so that no split of the batch can change it.
+"""Sums over the sequences of a micro-batch, and from losses per token to the one number that is minimised.
 
-Each mode is a weighted sum, loss = sum_t weights_t L_t, over all tokens of the *global* batch. The weights divide by
-counts of the whole batch, taken before its first forward pass: `count` locally, add over micro-batches and ranks, then
-`aggregation_weights` for each packed row. Micro-batches and ranks only ever add, nobody averages averages.
+A micro-batch of T tokens holds S whole sequences; sequence i is [cu_seqlens[i], cu_seqlens[i + 1]), and what follows
+the last is padding. Only tokens whose mask is not 0 are looked at, so the others may hold anything. Sums are float64
+and run in the order of the tokens: a sequence's sum is the same, bit for bit, whatever it is packed with.
 
-The sequences of a packed row: sums over their trained tokens, and values spread back over their tokens.
-
-A row of T tokens holds S whole sequences; sequence i is [cu_seqlens[i], cu_seqlens[i + 1]), and what follows the last
-is padding. Only tokens whose mask is not 0 are looked at, so the others may hold anything. Sums are float64 and run in
-the order of the tokens: a sequence's sum is the same, bit for bit, whatever it is packed with.
+Aggregation cannot depend on how the batch is split. Each mode is a weighted sum, loss = sum_t weights_t L_t, over all
+tokens of the *global* batch. The weights divide by counts of the whole batch, taken before its first forward pass:
+`count` locally, add over micro-batches and ranks, then `aggregation_weights` for each micro-batch. Micro-batches and
+ranks only ever add, nobody averages averages.
 """
 
 from dataclasses import dataclass
@@ -78,7 +77,7 @@ class GlobalCounts:
 
 
 def count(loss_mask: Tensor, cu_seqlens: Tensor) -> tuple[float, float]:
-    """(num_tokens, num_sequences) of one packed row, to be added up to `GlobalCounts`.
+    """(num_tokens, num_sequences) of one micro-batch, to be added up to `GlobalCounts`.
 
     Args:
         loss_mask: [T], 1 where the token is in the loss, else 0.
@@ -91,7 +90,7 @@ def count(loss_mask: Tensor, cu_seqlens: Tensor) -> tuple[float, float]:
 def aggregation_weights(
     loss_mask: Tensor, cu_seqlens: Tensor, *, mode: str, counts: GlobalCounts, token_sum_norm: float | None
 ) -> Tensor:
-    """Weights with which one packed row's losses enter the loss of the global batch.
+    """Weights with which one micro-batch's losses enter the loss of the global batch.
 
         token_mean                 m_t / num_tokens                                        DAPO, arXiv:2503.14476
         sequence_mean_token_mean   m_t / (len_i num_sequences), len_i = sum of i's mask    GRPO, arXiv:2402.03300

@@ -1,12 +1,11 @@
-"""Has training settled? And how far did a step move the policy?
+"""Whether training has converged, how far a step moved the policy, and how far engine and trainer disagree.
 
 A common test of convergence is a small variance of the policy loss over a window. It is here, with a warning: the value
 of a policy-gradient loss is no measure of progress. On-policy the ratio is 1, and the loss is minus the mean
 advantage, which is 0 for any group-relative advantage at every step of the run, good or bad. So the monitor also wants
 the policy to have stopped moving, and what has converged is to be read from the reward.
 
-How far the engine that sampled and the model that trains disagree about the same tokens under the same weights.
-
+The mismatch is between the engine that sampled and the model that trains, of the same tokens under the same weights.
 Two implementations of one model (kernels, dtypes, batch shapes) give different log-probs; what is meant to be on-policy
 then is not, and a growing difference precedes collapse. These metrics are always on.
 """

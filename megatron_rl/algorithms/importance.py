@@ -41,7 +41,7 @@ def log_ratios(
 ) -> Tensor:
     """Per-token log of the importance ratio at a level; see this module's docstring.
 
-    Sums over a sequence are float64 and see all of it: under context parallelism gather the row first.
+    Sums over a sequence are float64 and see all of it: under context parallelism gather the micro-batch first.
 
     Args:
         log_probs: [T] float32, nats. Of the policy that is trained; may carry a gradient.

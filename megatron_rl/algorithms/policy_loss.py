@@ -1,32 +1,26 @@
-"""The clipped surrogate of PPO, with separate bounds and the dual clip, and what to watch while it trains.
+"""Policy-gradient losses: the clipped surrogate (PPO), those without a trust region, and those of a completion's ratio.
 
-What the clip does not do. It does not bound the ratio: outside the region the gradient of a token is 0, but its step
-overshoots, other tokens' gradients move it on, and nothing pulls it back (tests/theory). Nor is the gradient 0 outside
-the region on both sides: it is so only where the advantage pushes outwards. Where it is not clipped the gradient is
-r A grad log pi, and where it is clipped 0, never min(r A, clip(r) A) grad log pi, as it is printed at times. It is a
-biased estimate then, and no guarantee of monotonic improvement is left.
+All return one loss per token; masks and the division belong to `aggregation`. A `..._metrics` function describes the
+same tokens without a gradient.
 
-"Dual clip" is the third bound below, not the two sides of the ordinary clip.
+`ppo_clip_loss`, with separate bounds and the dual clip (a third bound, not the two sides of the ordinary clip). It does
+not bound the ratio: outside the region the gradient of a token is 0, but its step overshoots, other tokens'
+gradients move it on, and nothing pulls it back (tests/theory). Nor is the gradient 0 outside the region on both sides:
+it is so only where the advantage pushes outwards. Where it is not clipped the gradient is r A grad log pi, and where it
+is clipped 0, never min(r A, clip(r) A) grad log pi, as it is printed at times. It is a biased estimate then, and no
+guarantee of monotonic improvement is left.
 
-`ppo_clip_loss` is what is differentiated; `ppo_clip_metrics` describes the same tokens without a gradient. Both work on
-per-token log-ratios; masks and the division belong to `aggregation`.
+`reinforce_loss`, `importance_weighted_loss`, `cispo_loss`. REINFORCE, REINFORCE with a baseline, RLOO, REINFORCE++ and
+A2C are one loss; they differ in what the `advantages` are. A gradient is right at one point, the policy that sampled:
+these losses are for one update per batch, or need the importance weight.
 
-Policy-gradient losses without a trust region: REINFORCE, its importance-weighted form, and CISPO.
-
-REINFORCE, REINFORCE with a baseline, RLOO, REINFORCE++ and A2C are one loss; they differ in what the advantages are
-(`advantages`, `gae`). A gradient is right at one point, the policy that sampled: these losses are for one update per
-batch, or need the importance weight.
-
-Clipped surrogates of a completion's ratio: of its probability (PPO per trajectory), or the mean per token (GSPO).
-
-PPO's and GRPO's ratio is printed per completion at times. The papers of both take it per token (`policy_loss`); a
-reward for the whole completion asks for the ratio of the whole, whose spread grows with length, and GSPO's geometric
-mean is the one that has the same scale at every length.
-
-Every function returns one value per token, the same on all tokens of a completion, so that any aggregation applies;
+`gspo_loss`, `gspo_token_loss`, `ppo_trajectory_loss`: clipped surrogates of a completion's ratio. PPO's and GRPO's is
+printed per completion at times; the papers of both take it per token. A reward for the whole completion asks for the
+ratio of the whole, whose spread grows with length, and GSPO's geometric mean is the one that has the same scale at
+every length. The value is the same on all tokens of a completion, so that any aggregation applies;
 `sequence_mean_token_mean` makes of it the mean over completions that the papers print. They see whole sequences: under
-context parallelism gather the row's log-probs first. `ppo_clip_metrics` describes them when it is given the log-ratios
-of `importance.log_ratios` and zeros for the old policy.
+context parallelism gather the micro-batch's log-probs first. `ppo_clip_metrics` describes them when it is given the
+log-ratios of `importance.log_ratios` and zeros for the old policy.
 """
 
 import torch

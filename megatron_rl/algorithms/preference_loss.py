@@ -1,8 +1,9 @@
-"""Losses on preferences: of pairs (DPO, IPO, SimPO, ORPO, the general form) and of single completions (KTO).
+"""Losses on preference data: of policies on pairs (DPO, IPO, SimPO, ORPO, the general form) and on single completions
+(KTO); of reward models on pairs (Bradley-Terry), on steps (process) and on scores (regression).
 
-All take log-probs of whole completions, one number each: the sum over the completion's tokens
-(`sequences.sequence_sums`), or their mean where a loss says average, or where a length-averaged DPO or IPO is wanted
-(`sequences.sequence_means` of policy and reference alike; beta then is per token, some hundred times larger). They
+Policies. All take log-probs of whole completions, one number each: the sum over the completion's tokens
+(`aggregation.sequence_sums`), or their mean where a loss says average, or where a length-averaged DPO or IPO is wanted
+(`aggregation.sequence_means` of policy and reference alike; beta then is per token, some hundred times larger). They
 return one value per pair or completion, to be divided by the pairs of the global batch.
 
 With margin m = (log pi(w) - log ref(w)) - (log pi(l) - log ref(l)), for a preferred w and a rejected l:
@@ -17,6 +18,10 @@ DPO's optimum that of Psi = logit. Losses f of the *margin* are the GPO of Tang 
 The weight in DPO's gradient is sigmoid(-beta m), large where the pair is ranked wrongly and small where it is settled
 (not sigmoid(beta m), as it is printed at times). An SFT term, `sft_loss` on the chosen completions, has a coefficient
 of its own: beta is the temperature and no weight.
+
+Reward models. A Bradley-Terry reward is determined up to a constant per prompt, and its scale is that of log-odds. Any
+monotonic transformation of a reward ranks alike, but a policy trained on it is another one, for its probabilities are
+proportional to ref exp(reward / beta): only the constant is free.
 """
 
 from collections.abc import Callable
@@ -238,3 +243,84 @@ def preference_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor, mask: T
         "preference/chosen_reward": masked_mean(chosen_rewards, mask),
         "preference/rejected_reward": masked_mean(rejected_rewards, mask),
     }
+
+
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None, centering: float = 0.0
+) -> Tensor:
+    """Negative log-likelihood of a preference, per pair, to be minimised.
+
+        L = -log sigmoid(r_w - r_l - margin) + centering (r_w + r_l)^2
+
+    The logarithm of a sigmoid is taken as one function: log(sigmoid(x)) is -inf below x = -104 in float32.
+
+    Source: Bradley & Terry 1952; margin: Llama 2, arXiv:2307.09288, eq. 2; centering: Eisenstein et al. 2023,
+    arXiv:2312.09244, eq. 8 (it fixes the constant that preferences leave open).
+
+    Args:
+        chosen, rejected: [P] float32, rewards of the pairs' completions; carry the gradient.
+        margin: [P] float32, by how much the preferred one is better, >= 0; None: 0.
+        centering: weight of the penalty on the pair's sum, >= 0.
+
+    Returns:
+        [P] in chosen's dtype; nan with gradient 0 where an input is not finite.
+    """
+    wanted = torch.zeros_like(chosen) if margin is None else margin.detach()
+    finite, (win, lose, wanted) = finite_inputs(chosen, rejected, wanted)
+    losses = -functional.logsigmoid(win - lose - wanted)
+    if centering > 0:
+        losses = losses + centering * (win + lose).square()
+    return nan_where_not(finite, losses)
+
+
+def process_reward_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross entropy of the label of each step, to be minimised.
+
+        L_t = -(y_t log sigmoid(x_t) + (1 - y_t) log(1 - sigmoid(x_t)))
+
+    The mask says which tokens carry a label: the last of each step.
+
+    Source: Lightman et al. 2023, arXiv:2305.20050, section 2.4; soft labels: Math-Shepherd, arXiv:2312.08935, eq. 3.
+
+    Args:
+        logits: [T] float32. Carries the gradient, sigmoid(x_t) - y_t.
+        labels: [T] float32, in [0, 1]: right or wrong, or the share of continuations that end right.
+
+    Returns:
+        [T] in logits' dtype, nats, before mask and division (`aggregation`); nan with gradient 0 where an input is not
+        finite.
+    """
+    finite, (logits, labels) = finite_inputs(logits, labels.detach())
+    losses = functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+    return nan_where_not(finite, losses)
+
+
+def reward_regression_loss(rewards: Tensor, targets: Tensor, *, huber_delta: float | None = None) -> Tensor:
+    """Squared error of a pointwise reward model, to be minimised: L = (r - y)^2 / 2.
+
+    With a delta it is Huber's: beyond it the loss is delta (|r - y| - delta / 2), and no outlier pulls harder than
+    delta.
+
+    Source: Huber 1964, doi:10.1214/aoms/1177703732.
+
+    Args:
+        rewards: [N] float32. Carries the gradient.
+        targets: [N] float32. Constant in the gradient.
+        huber_delta: in units of reward, > 0; None: squared error everywhere.
+
+    Returns:
+        [N] in rewards' dtype; nan with gradient 0 where an input is not finite.
+    """
+    finite, (rewards, targets) = finite_inputs(rewards, targets.detach())
+    error = rewards - targets
+    if huber_delta is None:
+        return nan_where_not(finite, error.square() / 2)
+    bounded = error.clamp(-huber_delta, huber_delta)
+    return nan_where_not(finite, bounded * (error - bounded / 2))
+
+
+@torch.no_grad()
+def process_reward_metrics(logits: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Metric]:
+    """process_reward/accuracy: labelled steps (mask 1) on whose side of 1/2 the model is; all [T]."""
+    agree = (logits > 0) == (labels > 0.5)
+    return {"process_reward/accuracy": masked_mean(agree.double(), mask)}

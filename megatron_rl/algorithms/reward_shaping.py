@@ -101,7 +101,7 @@ def rewards_of_progress(scores: Tensor, step_ends: Tensor, loss_mask: Tensor, cu
 def on_scale(scores: Tensor, scale: str) -> Tensor:
     """What a reward model says, as a reward: its score s, or sigmoid(s), or log sigmoid(s).
 
-    Of a model that was trained on right and wrong steps (`reward_model_loss.process_reward_loss`) s is a logit.
+    Of a model that was trained on right and wrong steps (`preference_loss.process_reward_loss`) s is a logit.
     Summed over steps logits reward length: each further step that looks right adds to them. The log-probabilities of
     the steps add up to that of all of them being right (as Lightman et al. 2023, arXiv:2305.20050, score a solution),
     which no further step raises.

@@ -1,14 +1,14 @@
-"""Supervised fine-tuning: the negative log-likelihood of the target tokens, smoothed, or focused on the hard ones.
+"""Losses on given tokens: SFT (plain, smoothed, focal), and distillation from a teacher.
 
-The penalty for leaving a reference is `kl.exact_kl` (or its vocabulary-parallel form): the tokens of a data set are no
-samples of the policy, so the estimators k1 to k3 do not estimate KL(policy || reference) on them.
+SFT is the negative log-likelihood of the target tokens. The penalty for leaving a reference is `kl.exact_kl` (or its
+vocabulary-parallel form): the tokens of a data set are no samples of the policy, so the estimators k1 to k3 do not
+estimate KL(policy || reference) on them.
 
-Distillation on the student's own samples.
-
-The objective is E over the student's completions of KL(student || teacher), token by token. With the teacher's
-log-probs of the sampled tokens alone it is a policy gradient whose reward is log teacher - log student
-(`distillation_advantages` with `reinforce_loss`); with whole distributions it is exact per position
-(`distillation_loss`; for a vocabulary that is sharded over ranks, or known by its top k, see `parallel`).
+Distillation is on the student's own samples: its objective is E over the student's completions of
+KL(student || teacher), token by token. With the teacher's log-probs of the sampled tokens alone it is a policy gradient
+whose reward is log teacher - log student (`distillation_advantages` with `reinforce_loss`); with whole distributions it
+is exact per position (`distillation_loss`; for a vocabulary that is sharded over ranks, or known by its top k, see
+`parallel`).
 """
 
 import math

@@ -1,10 +1,8 @@
-"""Fitting a critic to returns, and how well it fits.
+"""Fitting a critic to returns, how well it fits, and the sum of an actor-critic loss with each of its terms.
 
 The factor 1/2 is a convention (the gradient is then V - R); the loss is printed with it and without, which is a
 factor of two in the value coefficient. GRPO is at times printed with a value loss: it has no critic, its baseline is
 the group's mean. The term is an option only where a critic is configured.
-
-The terms of an actor-critic loss, added up, and each by itself: the decomposition that the report shows.
 """
 
 import torch
@@ -92,7 +90,7 @@ def combined_loss(
     entropy: tuple[Tensor, float] | None = None,
     kl: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = policy + c_v value loss - c_e entropy + c_k KL, over one packed row's share of the global batch.
+    """L = policy + c_v value loss - c_e entropy + c_k KL, over one micro-batch's share of the global batch.
 
     The entropy is *subtracted*: a bonus, as in PPO (arXiv:1707.06347, eq. 9). Where
     -sum pi log pi is printed as an "entropy loss" that is added with a positive coefficient, exploration is punished.

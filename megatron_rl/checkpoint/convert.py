@@ -1,17 +1,16 @@
-"""`megatron-rl convert`: a Hugging Face checkpoint to a Megatron one, and back, in one process.
+"""`megatron-rl convert`: a Hugging Face checkpoint to a Megatron one, and back, in one process, with verification.
 
 A Megatron checkpoint in torch_dist format stores whole tensors, whatever the layout that wrote them, so the model is
 built here once, whole, without gradients or optimizer, and core reads or writes it at tensor- and pipeline-parallel
-size 1. What the tensors are on the other side comes from the family's table, as everywhere.
+size 1. The family's tensor maps say what the tensors are on the other side. The model takes the memory of its weights
+once: on the GPU if there is one, else (CUDA_VISIBLE_DEVICES= ) on the host.
 
-A converted checkpoint has the shape of a run's (`iter_0000000` and the tracker file), but holds a model only. A run's
-checkpoint is read as well, of this trainer or another of Megatron's (see `stored_names`), of its content only the
-model's tensors and what core stores once for all ranks. Classifiers, which are models with a scalar head, are
+A converted checkpoint has the form of a run's (`iter_0000000` and the tracker file), but holds a model only. A run's
+checkpoint can be read too, of this trainer or of another of Megatron's (`stored_names.py`); of its contents only the
+model's tensors and what core stores once for all ranks are read. Classifiers, which are models with a scalar head, are
 converted as language models are.
 
-The model takes the memory of its weights once: on the GPU if there is one, else (CUDA_VISIBLE_DEVICES= ) on the host.
-
-Whether a Megatron model and a Hugging Face checkpoint are the same function: log-probs of a few prompts.
+`largest_difference` verifies a conversion: log-probs (scores) of a few prompts by transformers and by Megatron.
 """
 
 import functools
@@ -42,6 +41,7 @@ from megatron_rl.checkpoint.hf_export import (
 )
 from megatron_rl.checkpoint.integrity import check_files, loading, stored_dtypes
 from megatron_rl.checkpoint.stored_names import names_of, tensors_to_load, tensors_to_save
+from megatron_rl.checkpoint.writer import write_now
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import check_weights, read_json_object, read_model_shape
 from megatron_rl.config.schema import ParallelConfig
@@ -190,7 +190,7 @@ def hf_to_megatron(*, hf_path: Path, output: Path, verify: bool = False) -> floa
         with _whole_or_nothing(output) as partial:
             folder = iteration_folder(partial, 0)
             folder.mkdir(parents=True)
-            dist_checkpointing.save({"model": tensors_to_save(model.gpt)}, str(folder))
+            write_now({"model": tensors_to_save(model.gpt)}, folder)
             (partial / LATEST).write_text("0\n")
         return largest_difference(model.gpt, hf_path, hf) if verify else None
 
@@ -198,7 +198,7 @@ def hf_to_megatron(*, hf_path: Path, output: Path, verify: bool = False) -> floa
 def megatron_to_hf(*, checkpoint: Path, hf_path: Path, output: Path, verify: bool = False) -> float | None:
     """Write the Hugging Face checkpoint of a Megatron one.
 
-    Core unpickles parts of a Megatron checkpoint, so one from a stranger is to be distrusted like a program.
+    Core unpickles parts of a Megatron checkpoint, so one from an unknown source is as dangerous as a program.
 
     Args:
         checkpoint: folder with `latest_checkpointed_iteration.txt`, whose latest iteration is taken, or the folder of

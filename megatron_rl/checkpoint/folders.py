@@ -1,11 +1,11 @@
-"""The folder of a run's checkpoints, in Megatron's layout: which there are, which is the latest, which may go.
+"""The folder of a run's checkpoints, in Megatron's layout: which there are, which is the latest, which are deleted.
 
     iter_0000010/                          the state after 10 steps
     .iter_0000010.partial/                 one that is being written, or was when the run was killed
     latest_checkpointed_iteration.txt      '10'
 
-A checkpoint is written under its partial name and renamed when it is complete, then named as the latest. So whatever
-has its final name is whole, whenever the run was killed.
+A checkpoint is written under its partial name and renamed when it is complete, then named as the latest. So a
+checkpoint with its final name is complete, whenever the run was killed.
 """
 
 import json
@@ -26,7 +26,7 @@ class CheckpointError(UserError):
 
 
 def cannot_write(folder: Path, error: BaseException) -> CheckpointError | None:
-    """What to tell the user if an error came from the operating system (no room, no permission); None if it did not.
+    """The user's error, if an error came from the operating system (no room, no permission); None if it did not.
 
     Libraries wrap such an error in one of their own. Some keep it as the cause; core's writers, which are processes,
     hand on its text alone.
@@ -36,8 +36,8 @@ def cannot_write(folder: Path, error: BaseException) -> CheckpointError | None:
         inner = inner.__cause__ or inner.__context__
     if inner is not None and inner.strerror is not None:
         return CheckpointError(f"{folder} cannot be written: {inner.strerror}; nothing was written")
-    if told := re.search(r"\[Errno (\d+)\]", str(error)):
-        return CheckpointError(f"{folder} cannot be written: {os.strerror(int(told[1]))}; nothing was written")
+    if number := re.search(r"\[Errno (\d+)\]", str(error)):
+        return CheckpointError(f"{folder} cannot be written: {os.strerror(int(number[1]))}; nothing was written")
     return None
 
 

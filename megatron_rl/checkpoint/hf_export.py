@@ -1,4 +1,4 @@
-"""The policy as a Hugging Face checkpoint."""
+"""The policy as a Hugging Face checkpoint: all ranks write their shards into one folder, in config.json's dtype."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -96,7 +96,7 @@ def _write_shards(policy: Policy, plan: ExportPlan, partial: Path) -> None:
 
 
 def _mine(policy: Policy) -> Iterator[TensorMap]:
-    """Those of this rank's shards that it writes: ranks that hold the same take turns."""
+    """The shards that this rank writes: owners of the same shard take turns."""
     groups = policy.groups
     experts = parallel_state.get_expert_data_parallel_rank(), parallel_state.get_expert_data_parallel_world_size()
     others = groups.dp_cp.rank(), groups.dp_cp.size()

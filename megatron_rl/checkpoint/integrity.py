@@ -1,13 +1,12 @@
-"""Whether a checkpoint in torch_dist format is whole, told before any of it is loaded.
+"""Whether a checkpoint in torch_dist format is complete and undamaged, before any of it is loaded.
 
 Such a checkpoint is a folder: `.metadata` is the index, which says where in the `*.distcp` files the pieces of every
 tensor lie; `common.pt` holds what all ranks share (from core 0.19 on an entry of the index, `common_state`);
-`metadata.json` names the format. A loader that meets a damaged
-file fails somewhere inside, on some ranks only, or hangs. Comparing sizes with the index costs a millisecond, gives the
-same answer on every rank and can name the file.
+`metadata.json` names the format. A loader that meets a damaged file fails somewhere inside, on some ranks only, or
+hangs. Comparing sizes with the index costs a millisecond, gives the same answer on every rank and can name the file.
 
-Content is held against `digests.json`, which the writer adds last: the SHA-256 of every file. Reading all of it takes
-as long as loading it, so the ranks share the files, and only a run that resumes does it.
+Contents are compared with `digests.json`, which the writer adds last: the SHA-256 of every file. Reading all files
+takes as long as loading them, so each rank reads a part, and only a run that resumes does it.
 
 The index is a pickle. It may come from elsewhere, so it is read here by an unpickler that builds nothing but the data
 classes of torch.distributed.checkpoint.

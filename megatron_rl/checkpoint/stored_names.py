@@ -1,14 +1,14 @@
-"""Under which names a Megatron checkpoint holds the tensors of a model, whoever wrote it.
+"""The names of a model's tensors in a Megatron checkpoint, whichever training loop wrote it.
 
 Core derives them from the model, and they differ with choices of the run that wrote it:
 
-    layers    all layers of a kind stacked in one tensor, or each by itself, with its number in the name
+    layers    all layers of a kind stacked in one tensor, or one tensor per layer, with its number in the name
     norms     as modules, or as parts of the linear layer after them, which Transformer Engine fuses them into. The
               portable layers are stored under the fused names where core maps them so, but for experts and latent
               attention the two kinds of layers disagree
-    shards    in the format of fully sharded runs (`singleton_local_shards` in the metadata) each part by itself
+    shards    each a tensor of its own, in the format of fully sharded runs (`singleton_local_shards` in the metadata)
 
-A model's own description is adapted to what a checkpoint holds before core loads it.
+The model's sharded state is adapted to the names in a checkpoint before core loads it.
 """
 
 import re

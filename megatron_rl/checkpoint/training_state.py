@@ -1,29 +1,26 @@
-"""What is in a checkpoint, and how a run takes it up again: as if it had never stopped.
+"""What a checkpoint contains, and how a run resumes from it, as if it had never stopped.
 
     model, optimizer, scheduler   of every trained model by its name; of `policy` without a prefix, so that its tensors
                                   are those of any Megatron checkpoint of the model
-    rng_state                     see `random_state_to_save`
+    rng_state                     the random generators of every rank
+    reference                     the weights of a reference policy that moves, split as the policy's are
     run_state                     the trainer's own, of plain Python values, equal on all ranks
-    layout                        of the ranks that saved it. Only generators care: all tensors are stored whole
+    layout                        of the ranks that saved it; only the generators need it: all tensors are stored whole
 
-How it is written is said in `writer`, how its folder looks in `folders`, how damage is found in `integrity`.
+`to_save` and `load` do it for the models, `reference_to_save` and `load_reference` for the reference, `resume` finds
+the latest complete checkpoint and loads it.
 
-The random generators of a rank, in a checkpoint.
+Generators: at the layout that saved them every rank gets its own back. At another layout each takes the Python, NumPy
+and torch generators of rank 0, and the streams of core's dropout, which differ between tensor-parallel ranks, are
+seeded again from the run's seed. Data order and sampling depend on no generator: they are functions of the seed and the
+position in the data.
 
-At the layout that saved them every rank gets its own back. At another layout there is no such thing as the same rank:
-each then takes the Python, NumPy and torch generators of the rank 0 that was, and the streams of core's dropout, which
-differ between tensor-parallel ranks, begin anew from the run's seed. Data order and sampling do not depend on any
-generator: they are functions of the seed and the position in the data.
+Reference: a fixed one is not stored, it is the checkpoint that the run started from.
 
-A reference policy that moves, in a checkpoint: its weights under `reference.`, split as the policy's are.
+Resuming: the ranks check the files of a candidate together, each a part of them, and decide together. A damaged
+checkpoint is named, and the one before it is tried; its step is then made and written again.
 
-A fixed one is not stored: it is the checkpoint that the run started from. Like the optimizer's moments, the weights are
-tensors of the model for core, so a run can go on at another layout.
-
-From which checkpoint a run goes on: the latest that is whole.
-
-The ranks look at the files of a candidate together, each at its share, and decide together. A damaged checkpoint is
-named and passed over for the one before it; its step will be made, and written, again.
+`writer.py` writes a checkpoint, `folders.py` names it, `integrity.py` checks it.
 """
 
 import random
@@ -207,7 +204,7 @@ def resume(checkpoints: Path, models: Models, *, say: Callable[[str], None]) -> 
     """Restore the latest whole checkpoint and return its `run_state`; None if there is none. Collective.
 
     Args:
-        say: told on rank 0 of every checkpoint that is passed over, and why.
+        say: called on rank 0 with every checkpoint that is skipped, and why.
 
     Raises:
         CheckpointError: there are checkpoints and none is whole, or it is of another kind of run.

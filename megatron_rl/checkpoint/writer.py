@@ -10,8 +10,8 @@ then. Writing is a thread: torch's and the operating system's part of it runs wi
 process that is forked from one with CUDA, vLLM and communication threads is better avoided. Synchronous saving is the
 same, waited for.
 
-A rank that cannot write (disk full, read-only) tells the others when they meet; all then raise the same error, and what
-was written of that checkpoint is deleted.
+A rank that cannot write (disk full, read-only) reports it at the next collective; all then raise the same error, and
+what was written of that checkpoint is deleted.
 """
 
 import contextlib
@@ -58,6 +58,9 @@ class _Pending:
     started: float = field(default_factory=time.monotonic)
     ended: float | None = None
     """When this rank's files were written, by the same clock."""
+    buckets: list[_Bucket] = field(default_factory=list)
+    """The files of this rank."""
+    transforms: Any = None
     thread: threading.Thread | None = None
     written: dict[int, Any] = field(default_factory=dict)
     digests: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -99,34 +102,17 @@ class CheckpointWriter:
         self.finish()
         folder = partial_folder(self.checkpoints, step)
         self._agree(step, self._start_folder(step, notes or {}) if dist.get_rank() == 0 else None)
-        # Core would start a process to hold one list of results; a queue of this process does.
-        filesystem_async._results_queue = queue.Queue()
-        arguments = inspect.signature(dist_checkpointing.save).parameters
-        chosen = {"async_strategy": "mcore"} if "async_strategy" in arguments else {}
         self._stage(state)
         try:
             # That every part is written by one rank is a matter of the state's form.
-            request = dist_checkpointing.save(
-                state,
-                str(folder),
-                async_sharded_save=True,
-                validate_access_integrity=not self._is_validated,
-                **chosen,
-            )
+            pending = _plan(state, folder, step, validate=not self._is_validated)
         except (OSError, RuntimeError) as error:
-            raise _cannot_write(self.checkpoints, step, f"rank {dist.get_rank()}: {_said(error)}") from error
-        assert request is not None
+            raise _cannot_write(self.checkpoints, step, f"rank {dist.get_rank()}: {_reason(error)}") from error
         self._is_validated = True
         if HAS_CUDA:
             torch.cuda.synchronize()  # the copies were on their way while core planned
-        pending = _Pending(step, list(request.finalize_fns), filesystem_async._results_queue)
-        if request.async_fn is not None:
-            pending.thread = threading.Thread(
-                target=_write,
-                args=(pending, request.async_fn_args[1], request.async_fn.args[0]),
-                name=f"checkpoint {step}",
-                daemon=True,
-            )
+        if pending.buckets:
+            pending.thread = threading.Thread(target=_write, args=(pending,), name=f"checkpoint {step}", daemon=True)
             pending.thread.start()
         self._pending = pending
         if not self.asynchronous:
@@ -155,13 +141,10 @@ class CheckpointWriter:
             pending.thread.join()
         self.longest_seconds = max(self.longest_seconds, (pending.ended or time.monotonic()) - pending.started)
         self._agree(pending.step, pending.error)
-        if pending.written:
-            pending.results.put(pending.written)
         try:
-            for action in pending.finalize:
-                action()
+            _complete(pending)
         except (OSError, RuntimeError, CheckpointException) as error:
-            raise _cannot_write(self.checkpoints, pending.step, f"rank {dist.get_rank()}: {_said(error)}") from error
+            raise _cannot_write(self.checkpoints, pending.step, f"rank {dist.get_rank()}: {_reason(error)}") from error
         digests = _gather(pending.digests)
         problem = None
         if dist.get_rank() == 0:
@@ -171,7 +154,7 @@ class CheckpointWriter:
                 self.on_published(pending.step)
                 delete_old(self.checkpoints, pending.step, self.keep_last, self.keep_best)
             except OSError as error:
-                problem = _said(error)
+                problem = _reason(error)
         self._agree(pending.step, problem)
 
     def abandon(self) -> None:
@@ -188,7 +171,7 @@ class CheckpointWriter:
             for name, text in notes.items():
                 (folder / name).write_text(text)
         except OSError as error:
-            return _said(error)
+            return _reason(error)
         return None
 
     def _agree(self, step: int, problem: str | None) -> None:
@@ -216,31 +199,74 @@ class CheckpointWriter:
         return buffer.copy_(tensor, non_blocking=True)
 
 
-def _write(pending: _Pending, buckets: list[_Bucket], transforms: Any) -> None:
-    """Write the files of this rank; the body of the thread."""
+def write_now(state: dict[str, Any], folder: Path) -> None:
+    """Write a state as a checkpoint into an empty folder, without copies and digests; collective.
+
+    Core's own synchronous save writes the same files. From 0.19 on it tells of an error nothing but its type.
+
+    Raises:
+        RuntimeError: it cannot be written; the operating system's error is in the text.
+    """
+    pending = _plan(state, folder, 0, validate=True)
+    if HAS_CUDA:
+        torch.cuda.synchronize()
+    problems = []
     try:
-        _write_buckets(pending, buckets, transforms)
+        _write_files(pending)
+    except Exception as error:  # noqa: BLE001 what a rank cannot do, all must hear of
+        problems = [_reason(error)]
+    if told := [text for of_rank in _gather(problems) for text in of_rank]:
+        raise RuntimeError(told[0])
+    _complete(pending)
+
+
+def _plan(state: dict[str, Any], folder: Path, step: int, *, validate: bool) -> _Pending:
+    """Have core plan which rank writes what of a state; collective."""
+    # Core would start a process to hold one list of results; a queue of this process does.
+    filesystem_async._results_queue = queue.Queue()
+    arguments = inspect.signature(dist_checkpointing.save).parameters
+    chosen = {"async_strategy": "mcore"} if "async_strategy" in arguments else {}
+    request = dist_checkpointing.save(
+        state, str(folder), async_sharded_save=True, validate_access_integrity=validate, **chosen
+    )
+    assert request is not None
+    pending = _Pending(step, list(request.finalize_fns), filesystem_async._results_queue)
+    if request.async_fn is not None:
+        pending.buckets, pending.transforms = request.async_fn_args[1], request.async_fn.args[0]
+    return pending
+
+
+def _write(pending: _Pending) -> None:
+    """Write the files of this rank and take their digests; the body of the thread."""
+    try:
+        _write_files(pending)
+        pending.digests = {bucket[1]: digest(Path(bucket[0])) for bucket in pending.buckets}
+    except Exception as error:  # noqa: BLE001 a thread has nobody to raise to
+        pending.error = _reason(error)
     finally:
         pending.ended = time.monotonic()
 
 
-def _write_buckets(pending: _Pending, buckets: list[_Bucket], transforms: Any) -> None:
-    write = partial(filesystem_async.FileSystemWriterAsync.write_preloaded_data, transforms)
-    for number, bucket in enumerate(buckets):
+def _write_files(pending: _Pending) -> None:
+    """Write the files of this rank; raises what core's writer of a file gives back as an error."""
+    write = partial(filesystem_async.FileSystemWriterAsync.write_preloaded_data, pending.transforms)
+    for number, bucket in enumerate(pending.buckets):
         results: queue.Queue[Any] = queue.Queue()
         counts: queue.Queue[int] = queue.Queue()
         counts.put(number)
         write(local_proc_idx=number, write_bucket=bucket, results_queue=results, count_queue=counts, use_fsync=True)
         _, outcome = results.get_nowait()
         if isinstance(outcome, Exception):
-            pending.error = _said(outcome)
-            return
+            raise outcome
         pending.written[number] = outcome
-        try:
-            pending.digests[bucket[1]] = digest(Path(bucket[0]))
-        except OSError as error:
-            pending.error = _said(error)
-            return
+
+
+def _complete(pending: _Pending) -> None:
+    """Write the index and the format file, from what the ranks wrote; collective."""
+    if pending.written:
+        pending.results.put(pending.written)
+    for action in pending.finalize:
+        action()
 
 
 def _cannot_write(checkpoints: Path, step: int, reason: str) -> CheckpointError:
@@ -253,7 +279,7 @@ def _cannot_write(checkpoints: Path, step: int, reason: str) -> CheckpointError:
     )
 
 
-def _said(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """What went wrong, in one line; torch wraps the operating system's error in one of its own that does not say it."""
     inner: BaseException | None = error
     while inner is not None and not isinstance(inner, OSError):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.cli.start import check_data
+from megatron_rl.cli.train import check_data
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, Recipe

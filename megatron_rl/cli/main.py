@@ -1,7 +1,7 @@
 """`megatron-rl`: parse, run one command, and tell a user's mistake from ours.
 
-Each command is a module with `add_parser(subparsers)`, whose parser carries `run(arguments) -> exit code`. Modules
-import torch, Megatron and vLLM inside `run`, so that help and errors come at once.
+Each command has a function that adds its parser, which carries `run(arguments) -> exit code`. Torch, Megatron and vLLM
+are imported inside `run`, so that help and errors come at once.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rl import __version__
-from megatron_rl.cli import convert, doctor, evaluate, launch_slurm, plan, quantize, report, train
+from megatron_rl.cli import commands, doctor, launch_slurm, plan, train
 from megatron_rl.cli.rank_environment import tell_exit_code
 from megatron_rl.config.errors import EXIT_RESUME, Interrupted, UserError
 
@@ -56,6 +56,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-rl", description="RL post-training of Megatron-Core models.")
     parser.add_argument("--version", action="version", version=f"megatron-rl {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, evaluate, launch_slurm, convert, quantize, plan, report, doctor):
-        command.add_parser(subparsers)
+    for add_parser in (
+        train.add_train_parser,
+        train.add_evaluate_parser,
+        launch_slurm.add_parser,
+        commands.add_convert_parser,
+        commands.add_quantize_parser,
+        plan.add_parser,
+        commands.add_report_parser,
+        doctor.add_parser,
+    ):
+        add_parser(subparsers)
     return parser

@@ -1,11 +1,10 @@
-"""Whether this process is one of the ranks, and the variables that `torch.distributed` joins them by.
+"""Which rank this process is: from the variables of torchrun or srun, or alone on this machine.
 
 torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. srun sets its own variables, from which the
 same five follow with no message between the ranks. Functions take the environment as an argument and return values.
 
-What this process is among the tasks that srun started: a training rank, or part of an engine.
-
-Every task reads the same configuration and the same variables of Slurm, and so comes to the same plan.
+`slurm_task` says what this process is among the tasks that srun started: a training rank, or part of an engine. Every
+task reads the same configuration and the same variables of Slurm, and so comes to the same plan.
 """
 
 import contextlib

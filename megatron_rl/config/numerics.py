@@ -27,8 +27,8 @@ def fp8_recipe(model: ModelConfig) -> Fp8Recipe | None:
     return None if model.fp8 is None else model.fp8_recipe or Fp8Recipe.tensorwise
 
 
-def row_multiple(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Tokens that what a (context-parallel) rank computes of a packed row must be a multiple of.
+def token_multiple(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Tokens that what a (context-parallel) rank computes of a micro-batch must be a multiple of.
 
         sequence parallelism    each of its ranks gets as many tokens
         FP8                     each of these parts is a multiple of 16, of 32 with mxfp8: the product that makes a

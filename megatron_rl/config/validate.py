@@ -1,13 +1,12 @@
-"""What a configuration may not be, decided before any process starts. Pure but for reading files; no torch.
+"""Whether a configuration can run, decided before any process starts. Pure but for reading files; no torch.
 
     validate = check_values   numbers and their combinations, from the configuration alone
              + check_model    the layout against the sizes in the checkpoint's config.json
              + check_files    the checkpoint's weights and tokenizer, the data files
 
-The first mistake is raised, as one line with the key, what was given and what is allowed. What needs a tokenizer (rows
-of the data) or user code (rewards) is checked where it is loaded.
-
-Fields of TransformerConfig and of vLLM's engine that a key of ours decides: set twice, they could disagree.
+The first mistake is raised, as one line with the key, what was given and what is allowed. Among them are fields of
+TransformerConfig and of vLLM's engine that a key of ours decides: set twice, they could disagree. What needs a
+tokenizer (rows of the data) or user code (rewards) is checked where it is loaded.
 """
 
 import re

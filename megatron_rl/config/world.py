@@ -1,12 +1,11 @@
-"""How many ranks, replicas and engines a configuration comes to, and how long its sequences are.
+"""The sizes of a run's layout, from the configuration alone: ranks, replicas, engines, and layers of stages.
 
-Which pipeline stage holds how many layers, by Megatron's rules; from the configuration alone.
+Layers of pipeline stages follow Megatron's rules. Without further words every stage holds as many layers. A first or
+last stage of a size of its own leaves the rest to be split evenly. Where the embedding or the output layer is accounted
+for, it takes the place of one layer. With virtual pipeline stages each stage holds that many chunks, and layers go to
+chunk 0 of every stage before chunk 1 of the first.
 
-Without further words every stage holds as many layers. A first or last stage of a size of its own leaves the rest to be
-split evenly. Where the embedding or the output layer is accounted for, it takes the place of one layer. With virtual
-pipeline stages each stage holds that many chunks, and layers go to chunk 0 of every stage before chunk 1 of the first.
-
-What a configuration may not be where the model has experts, or has none.
+`check_experts` refuses what does not go with a model that has experts, or has none.
 """
 
 from megatron_rl.config.errors import ConfigError, refuse
@@ -22,7 +21,7 @@ def number_of_engines(config: Config, num_ranks: int) -> int:
 
 
 def replica_ranks(parallel: ParallelConfig) -> int:
-    """Ranks that hold one replica of the model and share its rows."""
+    """Ranks that hold one replica of the model and share its micro-batches."""
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
@@ -128,7 +127,7 @@ def check_experts(config: Config, shape: ModelShape) -> None:
         if not shape.num_experts:
             refuse("model.moe_routing_replay", True, "false for a model without experts")
         if config.model.recompute_granularity == "full" and parallel.pipeline_model_parallel_size > 1:
-            # The backward pass chooses anew, of a row that another one has followed by then.
+            # The backward pass chooses anew, of a micro-batch that another one has followed by then.
             refuse("model.moe_routing_replay", True, "false with recompute_granularity full in a pipeline")
     if not shape.num_experts:
         for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
@@ -164,7 +163,7 @@ def _check_balancing(config: Config) -> None:
     if kind not in _BALANCING_TYPES:
         # Core's others count by the padded batch or by the micro-batches so far, and would depend on the packing.
         key = "model.transformer_config.moe_router_load_balancing_type"
-        refuse(key, kind, ", ".join(_BALANCING_TYPES) + ": rows hold several sequences, in any order")
+        refuse(key, kind, ", ".join(_BALANCING_TYPES) + ": micro-batches hold several sequences, in any order")
     if kind == "none" and fields.get("moe_aux_loss_coeff"):
         key = "model.transformer_config.moe_aux_loss_coeff"
         refuse(key, fields["moe_aux_loss_coeff"], "0 without moe_router_load_balancing_type aux_loss")

@@ -1,4 +1,4 @@
-"""From the prompt of a row to text and token ids.
+"""From the prompt of a row to text and token ids, with the tokenizer of a checkpoint folder.
 
 A prompt is a string or a list of chat messages. One of two routes leads to tokens, chosen by `DataConfig`:
 
@@ -10,8 +10,6 @@ A prompt is a string or a list of chat messages. One of two routes leads to toke
             writes all special tokens itself, so none is added.
 
 The engine receives the token ids made here and never the text, hence training and generation see the same prompt.
-
-The tokenizer of a checkpoint folder.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Prompts for RL and sequences for training, from data files and from scored completions.
+"""Prompts for RL and sequences for training, from data files and from scored completions; and the order of rows.
 
     file --load_prompts--> Prompt            file --load_sft--> TrainingSequence
     Sample --training_sequence--> TrainingSequence
@@ -6,10 +6,9 @@
 Prompt and response are always tokenised apart and their ids joined, in SFT as in RL, so that the border between them
 is a token border and a response is trained after exactly the prompt tokens that it is generated after.
 
-The order of the training rows, as a pure function of how many have been drawn.
-
-Nothing is kept between draws: a run's place in its data is one integer, the number of rows drawn since its start, and
-a resumed run continues with exactly the rows that an uninterrupted one would have drawn, also with another batch size.
+`DataOrder` is a pure function of how many rows have been drawn since the run's start. That one integer is a run's place
+in its data, and a resumed run continues with exactly the rows that an uninterrupted one would have drawn, also with
+another batch size.
 """
 
 from dataclasses import dataclass

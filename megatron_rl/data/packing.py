@@ -1,29 +1,28 @@
-"""Laying sequences out: which rank and row each goes to, and the tensors of a row.
+"""Packing: which data-parallel rank and micro-batch each sequence goes to, and the tensors of a micro-batch.
 
-A row is the unit of one forward and backward pass: sequences one after another, [T] tokens without padding between
-them, told apart by `cu_seqlens`. A plan says which sequences form which row on which rank:
+A micro-batch is the unit of one forward and backward pass: sequences one after another, [T] tokens without padding
+between them, told apart by `cu_seqlens`. A plan says which sequences form which micro-batch on which rank:
 
-    ranks  parts of equal cost (`partition.py`), so that all ranks work equally long
-    rows   as few on every rank as the fullest rank needs, then parts of equal cost again, so that all rows are
-           about equally long: a few even rows take less memory than full ones with a short last one. Where an even
-           split would burst micro_batch_tokens, first-fit decreasing takes its place.
+    ranks          parts of equal cost, so that all ranks work equally long
+    micro-batches  as few on every rank as the fullest rank needs, then parts of equal cost again: a few even ones take
+                   less memory than full ones with a short last one. Where an even split would exceed
+                   micro_batch_tokens, first-fit decreasing takes its place.
 
-Every rank gets the same number of rows, because each row may hold a collective that all ranks must join. A plan is a
-function of the lengths alone: every rank computes the same one, without communication.
+Every rank gets the same number of micro-batches, because each may hold a collective that all ranks must join. A plan is
+a function of the lengths alone: every rank computes the same one, without communication.
 
-Parts of equal cost: which of a batch's sequences each rank, and each of its rows, gets.
-
-The differencing method (Karmarkar and Karp 1982, "The differencing method of set partitioning") comes close where a
-part has many sequences. With a handful each it is off by several per cent of a part, and every rank waits for the
-costliest: so the costliest part then moves a sequence to another part, or exchanges one with it, as long as that makes
-the costlier of the two cheaper.
+Parts of equal cost come from the differencing method (Karmarkar and Karp 1982, "The differencing method of set
+partitioning"), which is close where a part has many sequences. With a handful each it is off by several per cent of a
+part, and every rank waits for the costliest: so the costliest part then moves a sequence to another part, or exchanges
+one with it, as long as that makes the costlier of the two cheaper.
 """
 
 import heapq
 from bisect import insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +31,15 @@ from torch import Tensor
 from megatron_rl.data.samples import TrainingSequence
 
 NEW_VALUES, MEAN_LOG_PROBS, DIVERGENCE = "new_values", "mean_log_probs", "divergence"
-"""In `PackedRow.per_token` while a loss is computed: what the pass gives besides log-probs; see `engine.head.Extra`."""
+"""In `MicroBatch.per_token` while a loss is computed: what the pass gives besides log-probs; see
+`engine.head.Extra`."""
 
 Plan = list[list[list[int]]]
 """[rank][micro_batch] -> indices of sequences, ascending."""
 
 
 @dataclass(frozen=True)
-class PackedRow:
+class MicroBatch:
     """The tensors of one forward and backward pass; T tokens in S sequences, the padding counted as one of them."""
 
     tokens: Tensor
@@ -57,15 +57,20 @@ class PackedRow:
     per_token: dict[str, Tensor]
     """[T] float32 each, 0 on padding."""
     sequence_ids: tuple[int, ...]
-    """Which input sequences the row holds, in order; without the padding."""
+    """Which input sequences the micro-batch holds, in order; without the padding."""
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """The micro-batch with its tensors on a device."""
+        tensors: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors, per_token={name: value.to(device) for name, value in self.per_token.items()})
 
 
-def pack(sequences: Sequence[TrainingSequence], indices: Sequence[int], *, pad_to_multiple: int) -> PackedRow:
-    """The row of the sequences at `indices`.
+def pack(sequences: Sequence[TrainingSequence], indices: Sequence[int], *, pad_to_multiple: int) -> MicroBatch:
+    """The micro-batch of the sequences at `indices`.
 
-    The row is filled up to a multiple of `pad_to_multiple` by a last sequence of token 0 with loss mask 0, which
-    attends to itself alone. No indices at all give a row of pad_to_multiple such tokens: a rank without work still
-    takes part in the collectives. `per_token` has the keys of sequences[0], which all sequences must share.
+    The micro-batch is filled up to a multiple of `pad_to_multiple` by a last sequence of token 0 with loss mask 0,
+    which attends to itself alone. No indices at all give a micro-batch of pad_to_multiple such tokens: a rank without
+    work still takes part in the collectives. `per_token` has the keys of sequences[0], which all sequences must share.
     """
     chosen = [sequences[i] for i in indices]
     keys = sequences[0].per_token.keys() if sequences else ()
@@ -83,7 +88,7 @@ def pack(sequences: Sequence[TrainingSequence], indices: Sequence[int], *, pad_t
     def joined(parts: Sequence[np.ndarray], dtype: type) -> Tensor:
         return torch.from_numpy(np.concatenate([*parts, np.zeros(padding)]).astype(dtype))
 
-    return PackedRow(
+    return MicroBatch(
         tokens=joined([sequence.token_ids[:-1] for sequence in chosen], np.int64),
         labels=joined([sequence.token_ids[1:] for sequence in chosen], np.int64),
         loss_mask=joined([sequence.loss_mask for sequence in chosen], np.float32),
@@ -95,12 +100,13 @@ def pack(sequences: Sequence[TrainingSequence], indices: Sequence[int], *, pad_t
     )
 
 
-def unpack(values: Tensor, row: PackedRow) -> list[Tensor]:
-    """values [T, ...] of a row, cut into one [L, ...] view per sequence of `row.sequence_ids`; padding is left out."""
-    if len(values) != len(row.tokens):
-        raise ValueError(f"{len(values)} values for a row of {len(row.tokens)} tokens")
-    spans = pairwise(row.cu_seqlens.tolist())
-    return [values[start:stop] for _, (start, stop) in zip(row.sequence_ids, spans, strict=False)]
+def unpack(values: Tensor, micro_batch: MicroBatch) -> list[Tensor]:
+    """values [T, ...] of a micro-batch, cut into one [L, ...] view per sequence of `micro_batch.sequence_ids`; padding
+    is left out."""
+    if len(values) != len(micro_batch.tokens):
+        raise ValueError(f"{len(values)} values for a micro-batch of {len(micro_batch.tokens)} tokens")
+    spans = pairwise(micro_batch.cu_seqlens.tolist())
+    return [values[start:stop] for _, (start, stop) in zip(micro_batch.sequence_ids, spans, strict=False)]
 
 
 def plan_micro_batches(
@@ -109,21 +115,24 @@ def plan_micro_batches(
     num_ranks: int,
     micro_batch_tokens: int,
     cost: Callable[[int], float] | None = None,
-    num_rows_multiple: int = 1,
+    num_micro_batches_multiple: int = 1,
 ) -> Plan:
-    """Distributes sequences over ranks and rows; every sequence once, the same number of rows (>= 1) on every rank.
+    """Distributes sequences over ranks and micro-batches; every sequence once, the same number of micro-batches (>= 1)
+    on every rank.
 
     Args:
         lengths: positions of each sequence, >= 1; any number of them, also fewer than ranks.
         num_ranks: data-parallel ranks.
-        micro_batch_tokens: most tokens of a row that holds more than one sequence; a longer sequence is a row alone.
-        cost: work of a sequence of so many tokens, in any unit; what ranks and rows are balanced by. A model with
-            attention costs a * L + b * L^2. Default: the tokens.
-        num_rows_multiple: the number of rows is one of its multiples, as interleaved pipeline stages ask for.
+        micro_batch_tokens: most tokens of a micro-batch that holds more than one sequence; a longer sequence is a
+            micro-batch alone.
+        cost: work of a sequence of so many tokens, in any unit; what ranks and micro-batches are balanced by. A model
+            with attention costs a * L + b * L^2. Default: the tokens.
+        num_micro_batches_multiple: the number of micro-batches is one of its multiples, as interleaved pipeline stages
+            ask for.
 
     Returns:
-        [rank][micro_batch] -> indices. Rows go from the most to the least costly, so that ranks that run in step run
-        rows alike, and a row too large for the memory fails first.
+        [rank][micro_batch] -> indices. Micro-batches go from the most to the least costly, so that ranks that run in
+        step run micro-batches alike, and a micro-batch too large for the memory fails first.
     """
     if num_ranks < 1 or micro_batch_tokens < 1 or min(lengths, default=1) < 1:
         raise ValueError(
@@ -132,58 +141,67 @@ def plan_micro_batches(
     costs = [float(length) if cost is None else float(cost(length)) for length in lengths]
     ranks = balanced_parts(range(len(lengths)), costs, num_ranks)
     fitted = [_first_fit_decreasing(rank, lengths, micro_batch_tokens) for rank in ranks]
-    num_rows = max(1, *(len(rows) for rows in fitted))
-    num_rows += -num_rows % num_rows_multiple
+    num_micro_batches = max(1, *(len(micro_batches) for micro_batches in fitted))
+    num_micro_batches += -num_micro_batches % num_micro_batches_multiple
     plan = []
     for rank, fallback in zip(ranks, fitted, strict=True):
-        rows = balanced_parts(rank, costs, num_rows)
-        if any(len(row) > 1 and sum(lengths[i] for i in row) > micro_batch_tokens for row in rows):
-            rows = _split(fallback, costs, num_rows)
-        rows = [sorted(row) for row in rows]
-        plan.append(sorted(rows, key=lambda row: (-sum(costs[i] for i in row), row)))
+        micro_batches = balanced_parts(rank, costs, num_micro_batches)
+        if any(
+            len(micro_batch) > 1 and sum(lengths[i] for i in micro_batch) > micro_batch_tokens
+            for micro_batch in micro_batches
+        ):
+            micro_batches = _split(fallback, costs, num_micro_batches)
+        micro_batches = [sorted(micro_batch) for micro_batch in micro_batches]
+        plan.append(sorted(micro_batches, key=lambda micro_batch: (-sum(costs[i] for i in micro_batch), micro_batch)))
     return plan
 
 
 def packing_efficiency(plan: Plan, lengths: Sequence[int], *, pad_to_multiple: int = 1) -> float:
-    """Real tokens / (rows * tokens of the largest row, padded): 1 when all rows of all ranks are equally full.
+    """Real tokens / (micro-batches * tokens of the largest micro-batch, padded): 1 when all micro-batches of all ranks
+    are equally full.
 
-    It is the useful part of the time if every row took as long as the largest, as in a pipeline or in lockstep.
+    It is the useful part of the time if every micro-batch took as long as the largest, as in a pipeline or in lockstep.
     """
-    rows = [sum(lengths[i] for i in row) for rank in plan for row in rank]
-    largest = -(-max(rows) // pad_to_multiple) * pad_to_multiple
-    return sum(rows) / (len(rows) * largest) if largest else 1.0
+    micro_batches = [sum(lengths[i] for i in micro_batch) for rank in plan for micro_batch in rank]
+    largest = -(-max(micro_batches) // pad_to_multiple) * pad_to_multiple
+    return sum(micro_batches) / (len(micro_batches) * largest) if largest else 1.0
 
 
 def imbalance(plan: Plan, lengths: Sequence[int]) -> float:
     """Tokens of the fullest rank / mean over the ranks - 1: 0 when all ranks have as many."""
-    ranks = [sum(lengths[i] for row in rank for i in row) for rank in plan]
+    ranks = [sum(lengths[i] for micro_batch in rank for i in micro_batch) for rank in plan]
     return max(ranks) * len(ranks) / sum(ranks) - 1.0 if sum(ranks) else 0.0
 
 
 def _first_fit_decreasing(items: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of at most `capacity` tokens, or of one longer sequence."""
-    rows: list[list[int]] = []
+    """Micro-batches of at most `capacity` tokens, or of one longer sequence."""
+    micro_batches: list[list[int]] = []
     free = np.zeros(len(items), dtype=np.int64)
     for i in sorted(items, key=lambda i: (-lengths[i], i)):
-        fits = free[: len(rows)] >= lengths[i]
-        row = int(fits.argmax()) if fits.any() else len(rows)
-        if row == len(rows):
-            rows.append([])
-            free[row] = capacity
-        rows[row].append(i)
-        free[row] -= lengths[i]
-    return rows
+        fits = free[: len(micro_batches)] >= lengths[i]
+        micro_batch = int(fits.argmax()) if fits.any() else len(micro_batches)
+        if micro_batch == len(micro_batches):
+            micro_batches.append([])
+            free[micro_batch] = capacity
+        micro_batches[micro_batch].append(i)
+        free[micro_batch] -= lengths[i]
+    return micro_batches
 
 
-def _split(rows: list[list[int]], costs: Sequence[float], num_rows: int) -> list[list[int]]:
-    """Halves the costliest row of several sequences until there are num_rows; empty rows only when none can be."""
-    rows = list(rows)
-    while len(rows) < num_rows:
-        row = max(rows, key=lambda row: (len(row) > 1, sum(costs[i] for i in row)), default=[])
-        if len(row) > 1:
-            rows.remove(row)
-        rows.extend(balanced_parts(row, costs, 2) if len(row) > 1 else [[]])
-    return rows
+def _split(micro_batches: list[list[int]], costs: Sequence[float], num_micro_batches: int) -> list[list[int]]:
+    """Halves the costliest micro-batch of several sequences until there are num_micro_batches; empty micro-batches only
+    when none can be."""
+    micro_batches = list(micro_batches)
+    while len(micro_batches) < num_micro_batches:
+        micro_batch = max(
+            micro_batches,
+            key=lambda micro_batch: (len(micro_batch) > 1, sum(costs[i] for i in micro_batch)),
+            default=[],
+        )
+        if len(micro_batch) > 1:
+            micro_batches.remove(micro_batch)
+        micro_batches.extend(balanced_parts(micro_batch, costs, 2) if len(micro_batch) > 1 else [[]])
+    return micro_batches
 
 
 _GOOD_ENOUGH = 1e-3

@@ -1,4 +1,4 @@
-"""Judged completions from data files: pairs, single ones with a label or a score, and steps with labels.
+"""Preference data from files: pairs, single completions with a label or a score, and steps with labels.
 
     {"prompt": ..., "chosen": ..., "rejected": ...}         a pair; text, or chat messages with the assistant's last.
                                                             Without `prompt` it is what both conversations begin with
@@ -7,8 +7,8 @@
                                                             be the end-of-sequence token's text
 
 Prompt and completion are tokenised apart and their ids joined, as everywhere, and the completion is ended by the
-end-of-sequence token, which is judged with it. A sequence can be laid out in two ways: to be predicted, for a policy
-(position t predicts token t + 1), or to be read, for a reward model (position t has read token t).
+end-of-sequence token, which is labelled with it. A sequence is laid out in one of two ways: for a policy, position t
+predicts token t + 1; for a reward model, position t has read token t.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A completion of a prompt, with what is thought of it."""
+class LabelledCompletion:
+    """A completion of a prompt, with its label or the labels of its steps."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -46,15 +46,15 @@ class Judged:
         """Of prompt and completion."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
-    def to_predict(self) -> TrainingSequence:
+    def for_policy(self) -> TrainingSequence:
         """For a policy: trained on the completion's tokens; `label` on all of them."""
         mask = np.zeros(self.num_tokens - 1, dtype=np.float32)
         mask[len(self.prompt_ids) - 1 :] = 1.0
         ids = np.array(self.prompt_ids + self.completion_ids, dtype=np.int64)
         return TrainingSequence(ids, mask, {"label": mask * self.label})
 
-    def to_read(self) -> TrainingSequence:
-        """For a reward model: judged at the last token, or at those of the steps, each with its `label`."""
+    def for_reward_model(self) -> TrainingSequence:
+        """For a reward model: trained at the last token, or at those of the steps, each with its `label`."""
         ids = self.prompt_ids + self.completion_ids
         mask, label = np.zeros(len(ids), dtype=np.float32), np.zeros(len(ids), dtype=np.float32)
         places = [len(self.prompt_ids) + end for end in self.step_ends] or [-1]
@@ -64,26 +64,26 @@ class Judged:
         return TrainingSequence(np.array([*ids, ids[-1]], dtype=np.int64), mask, {"label": label})
 
 
-Judgement = list[Judged]
-"""What belongs together: a pair, the chosen completion first, or a single completion."""
+PreferenceExample = list[LabelledCompletion]
+"""A pair, the chosen completion first, or a single completion."""
 
 
-def load_judgements(
+def load_preferences(
     path: str | Path, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int
-) -> list[Judgement]:
+) -> list[PreferenceExample]:
     """Every row of a file: pairs if its first row has `data.chosen_key`, else single completions.
 
     Raises:
-        DataError: as `load_pairs` and `load_judged`.
+        DataError: as `load_pairs` and `load_labelled`.
     """
     _, first = next(iter(read_rows(path, data.format)))
-    load = load_pairs if data.chosen_key in first else load_judged
+    load = load_pairs if data.chosen_key in first else load_labelled
     return load(path, data, tokenizer, max_tokens=max_tokens)
 
 
 def load_pairs(
     path: str | Path, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int
-) -> list[Judgement]:
+) -> list[PreferenceExample]:
     """Every row of a file as [chosen, rejected].
 
     Raises:
@@ -100,14 +100,14 @@ def load_pairs(
     for source, prompt, chosen, rejected, margin in zip(sources, prompts, *completions, margins, strict=True):
         if chosen == rejected:
             raise DataError(f"{source}: {data.chosen_key!r} and {data.rejected_key!r} are the same")
-        pairs.append([Judged(tuple(prompt), chosen, margin), Judged(tuple(prompt), rejected)])
+        pairs.append([LabelledCompletion(tuple(prompt), chosen, margin), LabelledCompletion(tuple(prompt), rejected)])
         _check_lengths(pairs[-1], source, max_tokens)
     return pairs
 
 
-def load_judged(
+def load_labelled(
     path: str | Path, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int
-) -> list[Judgement]:
+) -> list[PreferenceExample]:
     """Every row of a file as a single completion with its label, or with its steps' labels.
 
     Raises:
@@ -118,32 +118,32 @@ def load_judged(
     prompts = render_prompts(
         [require(row, data.prompt_key, source) for source, row in numbered], sources, data, tokenizer
     )
-    judgements = []
+    examples = []
     for (source, row), (_, prompt_ids) in zip(numbered, prompts, strict=True):
         response = require(row, data.response_key, source)
         make = _with_steps if isinstance(response, list) else _whole
-        judgements.append([make(tuple(prompt_ids), response, row, data, source, tokenizer)])
-        _check_lengths(judgements[-1], source, max_tokens)
-    return judgements
+        examples.append([make(tuple(prompt_ids), response, row, data, source, tokenizer)])
+        _check_lengths(examples[-1], source, max_tokens)
+    return examples
 
 
 def _whole(
     prompt_ids: tuple[int, ...], response: Any, row: Row, data: DataConfig, source: str, tokenizer: Any
-) -> Judged:
+) -> LabelledCompletion:
     text = _text(response, data.response_key, source)
-    return Judged(prompt_ids, _completions([text], tokenizer)[0], _number(row, data.label_key, source))
+    return LabelledCompletion(prompt_ids, _completions([text], tokenizer)[0], _number(row, data.label_key, source))
 
 
 def _with_steps(
     prompt_ids: tuple[int, ...], steps: list[Any], row: Row, data: DataConfig, source: str, tokenizer: Any
-) -> Judged:
+) -> LabelledCompletion:
     labels = require(row, data.label_key, source)
     if not isinstance(labels, list) or len(labels) != len(steps) or not steps:
         raise DataError(f"{source}: {data.label_key!r} must be a list of {len(steps)} labels, one per step")
     ids = tokenize([_text(step, data.response_key, source) for step in steps], tokenizer)
     ends = np.cumsum([len(of_step) for of_step in ids]) - 1
     joined, eos = tuple(i for of_step in ids for i in of_step), _eos(tokenizer)
-    return Judged(
+    return LabelledCompletion(
         prompt_ids,
         joined if joined[-1:] == (eos,) else (*joined, eos),
         step_ends=tuple(int(end) for end in ends),
@@ -203,8 +203,8 @@ def _as_number(value: Any, key: str, source: str) -> float:
     return float(value)
 
 
-def _check_lengths(judgement: Judgement, source: str, max_tokens: int) -> None:
-    for one in judgement:
+def _check_lengths(example: PreferenceExample, source: str, max_tokens: int) -> None:
+    for one in example:
         if not one.prompt_ids:
             raise DataError(f"{source}: the prompt has no tokens")
         if one.num_tokens > max_tokens:

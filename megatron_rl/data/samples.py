@@ -1,8 +1,8 @@
 """The nouns that travel through a run: prompts, completions, samples, training sequences.
 
 A `Prompt` comes from a dataset, an engine turns it into `Completion`s, a reward turns prompt and completion into a
-`Sample`, and the objective turns samples into `TrainingSequence`s, which `packing` lays out in rows. Token ids are
-never decoded and encoded again: what was sampled is what is trained on.
+`Sample`, and the objective turns samples into `TrainingSequence`s, which `packing` lays out in micro-batches. Token ids
+are never decoded and encoded again: what was sampled is what is trained on.
 """
 
 from dataclasses import dataclass, field

@@ -1,22 +1,21 @@
-"""Megatron-Core on a CPU: the places where core names CUDA, answered for a machine without it.
+"""Megatron-Core on a CPU: replacements for the places where core uses CUDA.
 
-Core is written against CUDA in three ways, the same in 0.16 to 0.19; only the lines move:
+Core is written for CUDA in three ways, the same in 0.16 to 0.19; only the lines move:
 
 1. functions of `torch.cuda` and `Tensor.cuda()` called for their effect (current device, streams, events, RNG state);
 2. the literal `device="cuda"` or `pin_memory=True` in a tensor factory;
 3. `tensor.type()` compared with `'torch.cuda.FloatTensor'` in the optimizer.
 
-Each is answered once here: (1) by host equivalents put into `torch.cuda`, (2) by a view of `torch` whose factories
-stay on the host, put into the globals of the modules concerned, (3) by a `Tensor.type` that speaks of CUDA to the
+Each is replaced once here: (1) by host equivalents put into `torch.cuda`, (2) by a view of `torch` whose factories
+stay on the host, put into the globals of the modules concerned, (3) by a `Tensor.type` that names CUDA types to the
 optimizer alone. Core's `torch.compile` decorators are switched off: on a CPU they cost seconds of compilation for
 fusions that only pay on a GPU.
 
+A fourth difference is in collectives: core exchanges the tokens of experts between ranks that hold different numbers of
+them, when experts are split over tensor-parallel ranks of their own. NCCL can gather and reduce-scatter unequal parts,
+gloo cannot; `gather_unequal` and `reduce_scatter_unequal` do it.
+
 `torch.cuda.is_available()` stays False, so other libraries in the process (vLLM, transformers) see a CPU machine.
-
-Gather and reduce-scatter of unequal parts over gloo, which only knows equal ones.
-
-Core exchanges the tokens of experts between ranks that hold different numbers of them, when experts are split over
-tensor-parallel ranks of their own. NCCL does it; on a CPU these two stand in for core's functions of the same names.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The policy's head: from the hidden states of a row to its log-probs and entropy, or straight to its loss.
+"""The policy's head: from the hidden states of a micro-batch to its log-probs and entropy, or straight to its loss.
 
 The logits never exist. Core's GPTModel is made to return the hidden states after its last norm, as an inner pipeline
 stage would; the output layer's weight is applied here, fused with the softmax (`parallel.fused_linear_log_probs`). Tied
@@ -43,7 +43,7 @@ class Extra(Protocol):
     """What a pass computes from the last hidden states besides log-probs and entropy."""
 
     names: tuple[str, ...]
-    """Of its outputs, by which the objective finds them in `row.per_token`."""
+    """Of its outputs, by which the objective finds them in `micro_batch.per_token`."""
 
     def __call__(self, gpt: GPTModel, hidden: Tensor) -> Tensor:
         """[len(names), P] float32 of hidden states [P, H], or this rank's [P/tp, H] under sequence parallelism."""

@@ -11,6 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.device import HAS_CUDA, distributed_backend, this_device
+from megatron_rl.models.groups import megatron_groups
 from megatron_rl.parallel.groups import Groups
 
 
@@ -44,18 +45,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Groups:
     np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    world = dist.group.WORLD
-    assert world is not None
-    return Groups(
-        world=world,
-        tp=parallel_state.get_tensor_model_parallel_group(),
-        pp=parallel_state.get_pipeline_model_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(),
-        cp=parallel_state.get_context_parallel_group(),
-        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        ep=parallel_state.get_expert_model_parallel_group(),
-        etp=parallel_state.get_expert_tensor_parallel_group(),
-    )
+    return megatron_groups()
 
 
 def finalize() -> None:

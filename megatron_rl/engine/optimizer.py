@@ -1,6 +1,4 @@
-"""AdamW with its schedule: Megatron's (distributed) optimizer and OptimizerParamScheduler.
-
-Memory that training does not need while colocated engines generate: gradients and the optimizer's state.
+"""Megatron's (distributed) AdamW with its schedule, and the memory that training gives up while engines generate.
 
 Gradient buffers hold nothing between steps, so they are given up and come back as zeros. The optimizer's state goes to
 the host and back; on a CPU it is there already. Parameters stay: they are what engines are sent, and what log-probs are

@@ -1,13 +1,11 @@
 """The policy: this rank's shard of a Megatron-Core model, with the table that says what its tensors are elsewhere."""
 
-import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.hf_checkpoint import read_json_object
-from megatron_rl.config.numerics import megatron_numerics, row_multiple
+from megatron_rl.config.numerics import megatron_numerics, token_multiple
 from megatron_rl.config.schema import AdamImplementation, Dtype, LayerSpec, ModelConfig, ParallelConfig
 from megatron_rl.engine.head import LogProbHead
 from megatron_rl.engine.quantized_layers import fake_quantize
@@ -27,11 +25,10 @@ from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.choices import choose
 from megatron_rl.models.families import family_of
 from megatron_rl.models.sizes import model_sizes
-from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.sizes import ModelSizes
 from megatron_rl.weights.files.gather import HFTensorIterator
-from megatron_rl.weights.files.hf_reader import HFCheckpointReader
+from megatron_rl.weights.files.hf_reader import load_hf_weights
 from megatron_rl.weights.files.local_shards import Place, check_table, local_parameters
 from megatron_rl.weights.quantized.formats import refusal
 
@@ -45,7 +42,7 @@ class Policy:
         models: this rank's GPTModels, one per virtual pipeline stage; without those, one.
         chunks: the same, wrapped in core's DistributedDataParallel.
         choices: layers, kernels and Adam that this machine and the configuration gave.
-        row_multiple: tokens that the part of a row which a rank computes is a multiple of.
+        token_multiple: tokens that the part of a micro-batch which a rank computes is a multiple of.
         parameters: of all of them, by the names of the family's table.
     """
 
@@ -78,7 +75,7 @@ class Policy:
         self.maps = family_of(self.hf).tensor_maps(self.hf)
         self.dtype = TORCH_DTYPES[model.params_dtype]
         self.choices = choose(capabilities(), model, optimizer)
-        self.row_multiple = row_multiple(model, parallel)
+        self.token_multiple = token_multiple(model, parallel)
         self.config = self._transformer_config(model, parallel)
         self.models = self._build_models(parallel.virtual_pipeline_model_parallel_size or 1)
         if model.quantization is not None:
@@ -153,7 +150,7 @@ class Policy:
         return hf
 
     def _install_head(self) -> None:
-        """Decide what the last stage gives for a row."""
+        """Decide what the last stage gives for a micro-batch."""
         self.head: Any = LogProbHead(self.models[-1], self.groups, self.hf["vocab_size"])
 
     def export_config(self) -> dict[str, Any] | None:
@@ -166,28 +163,7 @@ class Policy:
         Raises:
             UserError: a tensor is missing, unknown or of the wrong shape, or a file is corrupt.
         """
-        reader = HFCheckpointReader(folder)
-        reader.check(self.maps)
-        left_out = reader.left_out()
-        if left_out is not None and dist.get_rank() == 0:
-            print(f"megatron-rl: {left_out}", file=sys.stderr, flush=True)
-        with torch.no_grad():
-            self._read_shards(reader, self.maps)
-            self._share_tied_embedding(reader)
-
-    def _read_shards(self, reader: HFCheckpointReader, maps: list[TensorMap]) -> None:
-        place = Place.of(self.groups)
-        for tensor_map in maps:
-            if tensor_map.name in self.parameters:
-                reader.read_shard(tensor_map, *place.in_group_of(tensor_map), self.parameters[tensor_map.name])
-
-    def _share_tied_embedding(self, reader: HFCheckpointReader) -> None:
-        """The last pipeline stage's copy of a tied embedding holds the same rows as the first stage's."""
-        gpt = self.models[-1]
-        if gpt.share_embeddings_and_output_weights and gpt.post_process and not gpt.pre_process:
-            embedding = next(m for m in self.maps if m.name == "embedding.word_embeddings.weight")
-            tp = self.groups.tp
-            reader.read_shard(embedding, tp.rank(), tp.size(), gpt.output_layer.weight)
+        load_hf_weights(self.models, self.maps, self.groups, folder)
 
     def hf_tensors(self, *, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
         """The whole policy as (Hugging Face name, full tensor). Collective: every rank must exhaust it."""

@@ -1,9 +1,9 @@
-"""The reference policy: weights kept on the host and swapped in when KL needs them.
+"""The reference policy that a run compares its own with.
 
-They are those that the run started from, or, where a run says so, follow the policy at a distance. A reference of
-another checkpoint (a teacher) is a policy of its own.
-
-The reference policy that a run compares its own with.
+ReferenceWeights   of the same model: kept on the host and swapped in when KL needs them. They are those that the
+                   run started from, or, where a run says so, follow the policy at a distance
+Teacher            of another checkpoint: a policy of its own
+reference_logits   its whole distributions, for an exact KL
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.schema import Config, KLReference
-from megatron_rl.data.packing import PackedRow
+from megatron_rl.data.packing import MicroBatch
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.step import forward_hidden
 from megatron_rl.parallel.fused_linear_logits_loss import LinearLogits
 
 ReferenceLogits = dict[tuple[int, ...], LinearLogits]
-"""By a row's sequence_ids: the reference's logits of this rank's part of the row; on the last pipeline stage only."""
+"""By a micro-batch's sequence_ids: the reference's logits of this rank's part of the micro-batch; on the last pipeline
+stage only."""
 
 
 class ReferenceWeights:
@@ -80,15 +81,16 @@ class Teacher:
 
 
 def reference_logits(
-    reference: ReferenceWeights | Teacher, policy: Policy, rows: Sequence[PackedRow]
+    reference: ReferenceWeights | Teacher, policy: Policy, micro_batches: Sequence[MicroBatch]
 ) -> ReferenceLogits:
-    """The reference's distributions at every token of the rows, for losses of the policy's whole distributions.
+    """The reference's distributions at every token of the micro-batches, for losses of the policy's whole
+    distributions.
 
     Kept are the reference's hidden states, as many bytes as the policy's own, and its output weight.
     """
     groups = policy.groups
     with reference.swapped_in() as model:
-        hidden = forward_hidden(model, rows)
+        hidden = forward_hidden(model, micro_batches)
         if not groups.is_last_stage:
             return {}
         # The swap ends; a teacher's own weight stays.
@@ -98,8 +100,10 @@ def reference_logits(
         scale = model.head.logit_scale / policy.head.logit_scale
     sequence_parallel = model.config.sequence_parallel
     return {
-        row.sequence_ids: LinearLogits(part if scale == 1 else part * scale, weight, groups.tp, sequence_parallel)
-        for row, part in zip(rows, hidden, strict=True)
+        micro_batch.sequence_ids: LinearLogits(
+            part if scale == 1 else part * scale, weight, groups.tp, sequence_parallel
+        )
+        for micro_batch, part in zip(micro_batches, hidden, strict=True)
     }
 
 

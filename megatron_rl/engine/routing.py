@@ -1,18 +1,19 @@
-"""What experts need beside the rows: routes that are kept from one pass to another, and the scale of auxiliary losses.
+"""What experts need beside the micro-batches: routes that are kept from one pass to another, and the scale of auxiliary
+losses.
 
 A router's choice is not continuous: a weight that moved by one rounding can send a token to another expert, and its
 log-prob jumps though the policy hardly changed. So choices that were made before can be taken again by the passes that
-train on the same rows (routing replay): those of the pass that computed the old log-probs (Zheng et al. 2025,
+train on the same micro-batches (routing replay): those of the pass that computed the old log-probs (Zheng et al. 2025,
 arXiv:2507.18071, section 5.3), or those that the engine made when it sampled (Ma et al. 2025, arXiv:2510.11370). Only
 which experts are chosen is kept; their weights are computed anew, with gradient.
 
 Load-balancing losses are added by core inside the layers. Core counts on dividing all gradients by the number of
 tokens, and multiplies these losses by a rank's tokens beforehand. Here losses come divided, so the scale that makes
-them the mean over the rows of a step, each weighted by its tokens, is
+them the mean over the micro-batches of a step, each weighted by its tokens, is
 
-    (ranks that share a row's tokens) / (tokens of all rows of all replicas):
+    (ranks that share a micro-batch's tokens) / (tokens of all micro-batches of all replicas):
 
-a rank has the part of its own tokens in the loss of a row, multiplied by their number.
+a rank has the part of its own tokens in the loss of a micro-batch, multiplied by their number.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,13 +26,13 @@ from megatron.core.models.gpt import GPTModel
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_rl.data.packing import PackedRow
-from megatron_rl.engine.row_part import RowPart
+from megatron_rl.data.packing import MicroBatch
+from megatron_rl.engine.micro_batch_part import MicroBatchPart
 from megatron_rl.parallel.groups import Groups, reduce_counts
 
 
 class RoutingReplay:
-    """The routes of the rows of a step, on this rank, for its layers and its tokens."""
+    """The routes of the micro-batches of a step, on this rank, for its layers and its tokens."""
 
     def __init__(self, models: list[GPTModel], groups: Groups) -> None:
         """`models`: this rank's chunks; without routers that can replay, nothing is ever recorded."""
@@ -46,25 +47,26 @@ class RoutingReplay:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Passes inside the context keep their rows' routes; earlier ones are forgotten."""
+        """Passes inside the context keep their micro-batches' routes; earlier ones are forgotten."""
         self._routes, self._given = {}, {}
         yield from self._in_mode("record")
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Passes inside the context send the recorded rows where they went; rows without a record go their own way."""
+        """Passes inside the context send the recorded micro-batches where they went; micro-batches without a record go
+        their own way."""
         yield from self._in_mode("replay")
 
-    def take(self, rows: Sequence[PackedRow], routes: Sequence[NDArray[np.integer[Any]]]) -> None:
+    def take(self, micro_batches: Sequence[MicroBatch], routes: Sequence[NDArray[np.integer[Any]]]) -> None:
         """Record what an engine chose; earlier records are forgotten.
 
         Args:
-            rows: this data-parallel rank's.
-            routes: by the number of the sequence, as rows' `sequence_ids` count: [its tokens, layers of the whole model
-                that have experts, topk].
+            micro_batches: this data-parallel rank's.
+            routes: by the number of the sequence, as micro-batches' `sequence_ids` count: [its tokens, layers of the
+                whole model that have experts, topk].
         """
         self._routes = {}
-        self._given = {id(row): _of_row(row, routes) for row in rows}
+        self._given = {id(micro_batch): _of_micro_batch(micro_batch, routes) for micro_batch in micro_batches}
 
     def _in_mode(self, mode: Literal["record", "replay"]) -> Iterator[None]:
         self._mode = mode
@@ -73,8 +75,8 @@ class RoutingReplay:
         finally:
             self._mode = None
 
-    def before(self, chunk: int, part: RowPart) -> None:
-        """Prepare the routers of a chunk for a pass over a row."""
+    def before(self, chunk: int, part: MicroBatchPart) -> None:
+        """Prepare the routers of a chunk for a pass over a micro-batch."""
         from megatron.core.transformer.moe.router_replay import RouterReplayAction
 
         routes = self._known(chunk, part) if self._mode == "replay" else None
@@ -88,7 +90,7 @@ class RoutingReplay:
             else:
                 router.clear_router_replay_action()
 
-    def _known(self, chunk: int, part: RowPart) -> list[Tensor] | None:
+    def _known(self, chunk: int, part: MicroBatchPart) -> list[Tensor] | None:
         """For each router of the chunk [tokens that it sees on this rank, topk]."""
         whole = self._given.get(part.number)
         if whole is None:
@@ -98,14 +100,15 @@ class RoutingReplay:
             mine = mine.chunk(self._groups.tp.size())[self._groups.tp.rank()]
         return [mine[:, layer] for layer in self._layers[chunk]]
 
-    def after(self, chunk: int, part: RowPart) -> None:
-        """Keep what the routers of a chunk chose for a row, if it is recorded."""
+    def after(self, chunk: int, part: MicroBatchPart) -> None:
+        """Keep what the routers of a chunk chose for a micro-batch, if it is recorded."""
         if self._mode == "record":
             routes = [r.get_recorded_indices().to("cpu", torch.int16) for r in self._routers[chunk]]
             self._routes[chunk, part.number] = routes
 
     def routes(self) -> list[list[Tensor]]:
-        """Recorded: for each chunk and row, for each of its layers with experts, [tokens of this rank, topk]."""
+        """Recorded: for each chunk and micro-batch, for each of its layers with experts, [tokens of this rank,
+        topk]."""
         return list(self._routes.values())
 
 
@@ -115,17 +118,19 @@ def _layers_with_experts(config: Any, layers: int) -> int:
     return sum(every[:layers]) if isinstance(every, list) else len(range(0, layers, every))
 
 
-def _of_row(row: PackedRow, routes: Sequence[NDArray[np.integer[Any]]]) -> Tensor:
+def _of_micro_batch(micro_batch: MicroBatch, routes: Sequence[NDArray[np.integer[Any]]]) -> Tensor:
     """[T, layers, topk]; padding goes to the first experts, whatever layers and experts there are."""
-    of_sequences = [torch.from_numpy(routes[i].astype(np.int16)) for i in row.sequence_ids]
+    of_sequences = [torch.from_numpy(routes[i].astype(np.int16)) for i in micro_batch.sequence_ids]
     num_real = sum(len(one) for one in of_sequences)
-    assert num_real == int(row.cu_seqlens[len(row.sequence_ids)]), "one route for each token of a sequence"
+    assert num_real == int(micro_batch.cu_seqlens[len(micro_batch.sequence_ids)]), (
+        "one route for each token of a sequence"
+    )
     shape = routes[0].shape[1:]
-    padding = torch.arange(shape[1], dtype=torch.int16).expand(len(row.tokens) - num_real, *shape)
+    padding = torch.arange(shape[1], dtype=torch.int16).expand(len(micro_batch.tokens) - num_real, *shape)
     return torch.cat([*of_sequences, padding])
 
 
-def padding_mask(config: Any, groups: Groups, part: RowPart, *, first_chunk: bool) -> Tensor | None:
+def padding_mask(config: Any, groups: Groups, part: MicroBatchPart, *, first_chunk: bool) -> Tensor | None:
     """[1, tokens] bool: which tokens a model's chunk must not count in balancing; None: all count, or nobody counts.
 
     The first chunk, with the embedding, takes the mask of all of the part, and splits it with sequence parallelism;
@@ -143,18 +148,18 @@ def padding_mask(config: Any, groups: Groups, part: RowPart, *, first_chunk: boo
 
 
 def scale_auxiliary_losses(config: Any, groups: Groups, num_tokens: int) -> None:
-    """Set the scale of core's load-balancing losses for the passes that follow; collective over groups.dp.
+    """Set the scale of the auxiliary losses for the passes that follow: they are sums over a rank's tokens, see
+    `models.layers.PackedRouter`, and become means over the global batch; collective over groups.dp.
 
     Args:
         config: of the model; without experts nothing is done.
         groups: this rank's.
-        num_tokens: tokens of all rows of this replica, without padding.
+        num_tokens: tokens of all micro-batches of this replica, without padding.
     """
     if not config.num_moe_experts:
         return
     (total,) = reduce_counts([float(num_tokens)], groups.dp)
-    sharing = groups.cp.size() * (groups.tp.size() if config.sequence_parallel else 1)
-    scale = sharing / total
+    scale = 1 / total
 
     def scaled(value: Tensor) -> Tensor:
         # Core asks for the scale of the auxiliary losses with a constant, and for that of the loss with the loss.

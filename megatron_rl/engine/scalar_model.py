@@ -1,20 +1,15 @@
-"""A model over the training ranks that gives one number per token: a critic, an outcome or a process reward model.
+"""Models that give one number per token: reward models and critics, apart from the policy or sharing its backbone.
 
-It is a policy in all but its head, so that the optimizer, the passes over packed rows and the checkpoints work on it
-as they do on a policy. It starts from a language model, whose output layer it leaves out, or from a Hugging Face
-classifier, whose `score` it takes; it is written as a classifier.
-
-A policy whose backbone also carries its critic: one pass gives log-probs and values, one optimizer trains both.
-
-The critic is a `ScalarHead` beside the output layer of the last stage. Its parameters are the model's, so that DDP, the
-optimizer, pipeline stages and distributed checkpoints hold them as they hold the rest; the tables of the families do
-not name them, so that engines and exported checkpoints get the language model alone.
-
-The critic of an actor-critic run: a value per token, fitted to the returns of each step by an optimizer of its own.
-
-Its backbone is separate from the policy's, on the same ranks and rows, with other weights (a shared one is in
-`engine/scalar_model.py`). Before the first update of a step it values the tokens of all rows; from these values come
-the advantages, the returns that it is fitted to, and the bounds of its clip.
+ScalarModel   a policy in all but its head, so that the optimizer, the passes over micro-batches and the checkpoints
+              work on it as they do on a policy. It starts from a language model, whose output layer it leaves out,
+              or from a Hugging Face classifier, whose `score` it takes; it is written as a classifier
+ActorCritic   a policy whose backbone also carries its critic: one pass gives log-probs and values, one optimizer
+              trains both. The critic is a `ScalarHead` beside the output layer of the last stage. Its parameters
+              are the model's, so that DDP, the optimizer, pipeline stages and distributed checkpoints hold them;
+              the tables of the families do not name them, so that engines and exports get the language model alone
+Critic        a `ScalarModel` of its own on the same ranks and micro-batches, with an optimizer of its own. Before
+              the first update of a step it values the tokens of all micro-batches; from these values come the
+              advantages, the returns that it is fitted to, and the bounds of its clip
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +23,7 @@ from torch import Tensor
 
 from megatron_rl.config.hf_checkpoint import read_json_object
 from megatron_rl.config.schema import Config, ModelConfig, ParallelConfig
-from megatron_rl.data.packing import NEW_VALUES, PackedRow
+from megatron_rl.data.packing import NEW_VALUES, MicroBatch
 from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
@@ -37,7 +32,7 @@ from megatron_rl.models.scalar_head import ScalarHead, backbone_config, is_scala
 from megatron_rl.parallel.fused_linear_token_loss import TokenLosses
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.files.hf_reader import HFCheckpointReader
-from megatron_rl.weights.files.local_shards import VALUE_HEAD
+from megatron_rl.weights.files.local_shards import VALUE_HEAD, Place
 
 
 class ValueHead:
@@ -89,8 +84,8 @@ class ScalarModel(Policy):
         absent = {m.name for m in self.maps if m.name.startswith("output_layer.") and not _has(reader, m.hf_shapes)}
         stored = [m for m in self.maps if m.name not in absent]
         reader.check(stored)
+        reader.read_shards(self.parameters, stored, Place.of(self.groups))
         with torch.no_grad():
-            self._read_shards(reader, stored)
             for name in absent & self.parameters.keys():
                 self.parameters[name].zero_()
 
@@ -132,10 +127,10 @@ class Critic:
     model: ScalarModel
     optimizer: Optimizer
 
-    def add_values(self, rows: Sequence[PackedRow]) -> None:
-        """Give the rows `values`, [T], of the critic as it is now."""
-        for row, values in zip(rows, forward_values(self.model, rows), strict=True):
-            row.per_token["values"] = values
+    def add_values(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Give the micro-batches `values`, [T], of the critic as it is now."""
+        for micro_batch, values in zip(micro_batches, forward_values(self.model, micro_batches), strict=True):
+            micro_batch.per_token["values"] = values
 
 
 def build_critic(config: Config, groups: Groups, *, num_steps: int) -> Critic:

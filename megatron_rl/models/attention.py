@@ -1,13 +1,14 @@
-"""Causal attention for the portable layers, in torch alone: packed rows, padded batches, context parallelism.
+"""Causal attention for the portable layers, in torch alone: packed sequences, padded batches, context parallelism.
 
-Megatron's local attention takes neither packed rows nor long ones (it holds the matrix of scores), nor other channels
+Megatron's local attention takes neither packed nor long sequences (it holds the matrix of scores), nor other channels
 for values than for keys. Here there are two ways, both with memory linear in the number of tokens, and in neither does
 a token attend across sequences:
 
-- Plain causal attention regroups a packed row into a few padded batches of sequences of similar length, so that torch's
-  flash-style kernel runs with its causal shortcut. The regrouping is an index, computed once per row for all layers.
+- Plain causal attention regroups a micro-batch into a few padded batches of sequences of similar length, so that
+  torch's flash-style kernel runs with its causal shortcut. The regrouping is an index, computed once per micro-batch
+  for all layers.
 - Sliding windows, sinks and context parallelism go through `parallel/interval_attention.py`, which asks of every query
-  only which interval of the keys it sees. Context-parallel ranks gather the keys and values of whole rows.
+  only which interval of the keys it sees. Context-parallel ranks gather the keys and values of whole micro-batches.
 """
 
 from dataclasses import dataclass
@@ -34,12 +35,12 @@ _SHORTEST_IN_BATCH = 0.5
 
 @dataclass(frozen=True)
 class _PaddedBatches:
-    """Index between a packed row of T tokens and padded batches of its sequences."""
+    """Index between a micro-batch of T tokens and padded batches of its sequences."""
 
     gather: list[Tensor]
-    """For each batch [B, L]: the row's token at each place; padding repeats the sequence's last token."""
+    """For each batch [B, L]: the micro-batch's token at each place; padding repeats the sequence's last token."""
     restore: Tensor
-    """[T]: for each token of the row, its place in the concatenated, flattened batches."""
+    """[T]: for each token of the micro-batch, its place in the concatenated, flattened batches."""
 
     @staticmethod
     def of(cu_seqlens: Tensor) -> "_PaddedBatches":
@@ -70,12 +71,13 @@ class _PaddedBatches:
 
 @dataclass(frozen=True)
 class _Intervals:
-    """Which keys of a row each of this rank's queries sees."""
+    """Which keys of a micro-batch each of this rank's queries sees."""
 
     first: Tensor
     last: Tensor
     order: Tensor | None
-    """[T]: for each token of the row, its place among the keys that the ranks gathered; None: there is one rank."""
+    """[T]: for each token of the micro-batch, its place among the keys that the ranks gathered; None: there is one
+    rank."""
 
     @staticmethod
     def of(cu_seqlens: Tensor, window: int | None, group: ProcessGroup | None) -> "_Intervals":
@@ -185,8 +187,9 @@ class PortableAttention(MegatronModule):
             query: packed [T, heads, channels], or padded [L, B, heads, channels].
             key, value: the same with the number of KV heads, the value with channels of its own.
             attention_mask: must be None; the mask is causal, and padding is at the end, where causality hides it.
-            packed_seq_params: `cu_seqlens_q` [S + 1] of a packed row; None for a padded batch. Under context
-                parallelism those of the whole padded row, of which T tokens are this rank's; see `ContextSplit`.
+            packed_seq_params: `cu_seqlens_q` [S + 1] of a micro-batch; None for a padded batch. Under context
+                parallelism those of the whole padded micro-batch, of which T tokens are this rank's; see
+                `ContextSplit`.
 
         Returns:
             [T, heads * channels], or [L, B, heads * channels], with the value's channels.
@@ -212,7 +215,7 @@ class PortableAttention(MegatronModule):
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[L, B, heads, channels] -> [L, B, heads * channels]."""
-        assert self.cp_group is None, "context parallelism needs packed rows"
+        assert self.cp_group is None, "context parallelism needs packed sequences"
         if self.plain:
             return self._attend(*(x.transpose(0, 1) for x in (query, key, value))).transpose(0, 1).flatten(2)
         length, batch = query.shape[:2]
@@ -231,3 +234,21 @@ class PortableAttention(MegatronModule):
 
 def _with_channels(x: Tensor, channels: int) -> Tensor:
     return x if x.shape[-1] == channels else torch.nn.functional.pad(x, (0, channels - x.shape[-1]))
+
+
+def packed_seq_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
+    """What core's GPTModel takes as `packed_seq_params` of a packed row.
+
+    Args:
+        cu_seqlens: [S + 1] int32, bounds of the sequences; under context parallelism of the padded ones.
+        max_seqlen: length of the longest of them.
+    """
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )

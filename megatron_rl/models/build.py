@@ -3,10 +3,9 @@
 The one place that constructs models, because that is what changes most between releases of core: arguments are given
 by keyword and filtered by what the installed release knows.
 
-Rotary frequencies of a Hugging Face config.
-
-Megatron's rotary embedding takes a base and has one scaling built in with fixed constants. Here the frequencies
-follow the checkpoint's own parameters, and `build` puts them into the model. YaRN is core's own, given its parameters.
+Rotary frequencies are put into the model after it is built: Megatron's rotary embedding takes a base and has one
+scaling built in with fixed constants, and a checkpoint has parameters of its own. YaRN is core's own, given its
+parameters.
 """
 
 import dataclasses
@@ -28,40 +27,9 @@ from torch import Tensor
 from megatron_rl.config.errors import UserError
 from megatron_rl.device import HAS_CUDA, this_device
 from megatron_rl.models.families import family_of
+from megatron_rl.models.families.decoder import rope_parameters, yarn_attributes
 from megatron_rl.models.layers import decoder_layers
-from megatron_rl.models.rope_parameters import rope_parameters, yarn_attributes
 from megatron_rl.models.tensor_map import padded_vocabulary_size
-
-
-def inverse_frequencies(head_dim: int, rope: dict[str, Any]) -> Tensor:
-    """Angle per position of each pair of channels.
-
-        default:  f_i = theta^(-2i / head_dim)
-        linear:   f_i / factor
-        llama3:   f_i where the wavelength is below original/high_freq_factor, f_i / factor where it is above
-                  original/low_freq_factor, and between the two the mean of both weighted by
-                  (original/wavelength - low) / (high - low) on f_i.
-
-    Sources: RoFormer, arXiv:2104.09864; position interpolation, arXiv:2306.15595; the Llama 3 scaling as published
-    with the Llama 3.1 checkpoints (config.json, rope_type llama3).
-
-    Returns:
-        [head_dim / 2] float32, radians per position.
-    """
-    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    kind = rope["rope_type"]
-    if kind == "default":
-        return frequencies
-    if kind == "linear":
-        return frequencies / rope["factor"]
-    assert kind == "llama3", f"{kind} has no frequencies of its own"
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * frequencies + (1 - keep) * frequencies / rope["factor"]
-
-
-_ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu, "squared_relu": squared_relu}
 
 
 def known_arguments(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -114,8 +82,9 @@ def transformer_config(hf: dict[str, Any], *, dtype: torch.dtype, overrides: dic
     fields |= family_of(hf).transformer_fields(hf) | overrides
     fields["activation_func"] = _ACTIVATIONS[fields["activation_func"]]
     kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
-    # Core refuses rows of different lengths where tokens are gathered for their experts, since gathered parts must be
-    # equally long. They are: engine/row_part.py fills up what ranks compute at the same time to one length.
+    # Core refuses micro-batches of different lengths where tokens are gathered for their experts, since gathered parts
+    # must be equally long. They are: engine/micro_batch_part.py fills up what ranks compute at the same time to one
+    # length.
     gathers = bool(fields.get("num_moe_experts")) and fields["moe_token_dispatcher_type"] == "allgather"
     config = kind(**known_arguments(kind, fields | ({"variable_seq_lengths": False} if gathers else {})))
     config.variable_seq_lengths = fields["variable_seq_lengths"]
@@ -136,7 +105,7 @@ def _layout_fields() -> dict[str, Any]:
         context_parallel_size=parallel_state.get_context_parallel_world_size(),
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
-        # The rows of a step differ in length, so pipeline stages tell each other the shape.
+        # The micro-batches of a step differ in length, so pipeline stages tell each other the shape.
         variable_seq_lengths=pipeline_size > 1,
         # With two interleaved stages both neighbours are the same rank. Forward and backward messages in one batch
         # would be taken for each other, so they are sent one by one, and then may overlap with computation.
@@ -218,6 +187,37 @@ def _mark_shards(model: GPTModel) -> None:
         if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             dim = 1 if isinstance(module, RowParallelLinear) else 0
             set_tensor_model_parallel_attributes(weight, True, dim, 1)
+
+
+def inverse_frequencies(head_dim: int, rope: dict[str, Any]) -> Tensor:
+    """Angle per position of each pair of channels.
+
+        default:  f_i = theta^(-2i / head_dim)
+        linear:   f_i / factor
+        llama3:   f_i where the wavelength is below original/high_freq_factor, f_i / factor where it is above
+                  original/low_freq_factor, and between the two the mean of both weighted by
+                  (original/wavelength - low) / (high - low) on f_i.
+
+    Sources: RoFormer, arXiv:2104.09864; position interpolation, arXiv:2306.15595; the Llama 3 scaling as published
+    with the Llama 3.1 checkpoints (config.json, rope_type llama3).
+
+    Returns:
+        [head_dim / 2] float32, radians per position.
+    """
+    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    kind = rope["rope_type"]
+    if kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / rope["factor"]
+    assert kind == "llama3", f"{kind} has no frequencies of its own"
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / rope["factor"]
+
+
+_ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu, "squared_relu": squared_relu}
 
 
 def _set_rotary_frequencies(model: GPTModel, rope: dict[str, Any]) -> None:

@@ -132,7 +132,10 @@ def choose(available: Capabilities, model: ModelConfig, optimizer: AdamImplement
         ),
         bias_activation_fusion=_fusion(model, "bias_activation_fusion", possible=available.gpu, needs="a GPU"),
         masked_softmax_fusion=_fusion(
-            model, "masked_softmax_fusion", possible=False, needs="core's local attention, which takes no packed rows"
+            model,
+            "masked_softmax_fusion",
+            possible=False,
+            needs="core's local attention, which takes no packed sequences",
         ),
         attention="torch" if not engine else "flash" if available.flash_attention else "fused",
         flash_attention_version=generation,

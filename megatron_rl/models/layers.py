@@ -1,19 +1,15 @@
 """Layer specs: which classes core builds a decoder's layers from, portable ones or Transformer Engine's.
 
-The portable ones are core's local layers with our norm, attention and a few linear layers: no Transformer Engine, with
-sequence parallelism, packing, latent attention and experts with biases.
+The portable ones are core's local layers, without Transformer Engine, with sequence parallelism, packing, latent
+attention and experts with biases. What core's own do not do is here:
 
-Normalisation for the portable layers: LayerNorm and RMSNorm in torch, also under sequence parallelism.
-
-Core's own torch norm refuses sequence parallelism because its weight does not say that its gradient is a partial sum
-over the tensor-parallel ranks. This one says so (`sequence_parallel` on the parameter), and core adds it up.
-
-Linear layers for the portable specs where core's own do not do: held whole, and of experts with a bias.
-
-Core's router, for rows with padding: what fills a row up counts neither for balance nor for the bias of experts.
-
-Rows are filled up where the layout asks for it (`engine/row_part.py`), so what padding counted for would depend on the
-layout. Core takes a mask of it; these are the two places where it does not get by with that mask alone.
+    PortableNorm      LayerNorm and RMSNorm in torch, also under sequence parallelism. Core's torch norm refuses that
+                      because its weight does not say that its gradient is a partial sum over the tensor-parallel ranks;
+                      this one says so (`sequence_parallel` on the parameter), and core adds it up
+    ReplicatedLinear, ExpertRowParallelLinear   linear layers held whole, and of experts with a bias
+    PackedRouter      core's router for micro-batches with padding, which counts neither for balance nor for the bias of
+                      experts. Padding depends on the layout (`engine/micro_batch_part.py`), what is computed may not.
+                      Core takes a mask of it; these are the two places where the mask alone is not enough
 """
 
 import functools
@@ -115,18 +111,22 @@ class ExpertRowParallelLinear(RowParallelLinear):
 
 
 class PackedRouter(TopKRouter):
-    """Routes each token to its best experts."""
+    """Routes each token to its best experts.
+
+    Auxiliary losses are attached here as sums over this rank's tokens, for a scale of 1 / (tokens of the global batch),
+    see `engine.routing.scale_auxiliary_losses`. Core's own are means that it multiplies by a number of tokens again
+    where `calculate_per_token_loss` is set: by those of this rank in 0.16 and up, by this number times the ranks that
+    share a row in 0.19. Of both, padding leaves unequal numbers, and none in the row of a rank without work.
+    """
 
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
     ) -> Tensor:
-        """Attach the load-balancing loss of a row, E * coefficient * sum_i f_i P_i, to the probabilities.
+        """Attach the load-balancing loss of a micro-batch, E * coefficient * sum_i f_i P_i, to the probabilities.
 
-        f_i is the part of the row's choices that expert i got, P_i its mean score (Switch Transformer,
-        arXiv:2101.03961, eq. 4). Core's own divides by the number of tokens, which is 0 in the row of a rank without
-        work; such a row has the loss 0. It also weighs each rank's part of the loss by the tokens that are left of its
-        part of the row, of which padding leaves unequal numbers, and not by the row's. Collective over the ranks that
-        share a row's tokens.
+        f_i is the part of the micro-batch's choices that expert i got, P_i its score (Switch Transformer,
+        arXiv:2101.03961, eq. 4), here summed over this rank's tokens. Collective over the ranks that share a
+        micro-batch's tokens.
 
         Args:
             probs: [tokens, E], of which the router's output is made.
@@ -135,20 +135,26 @@ class PackedRouter(TopKRouter):
             with_padding_mask: whether there was a mask; without it every token counts.
         """
         coefficient = self.get_aux_loss_coeff("aux_loss")
-        if not coefficient or not with_padding_mask:
-            return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, with_padding_mask)
-        of_row = reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), self.tp_cp_group)
-        tokens = (of_row.sum() / self.topk).clamp(min=1)
-        parts = of_row / (self.topk * tokens)
-        loss = coefficient * self.config.num_moe_experts * (parts * scores_for_aux_loss.sum(dim=0) / tokens).sum()
-        return self.attach_and_log_load_balancing_loss(
-            probs,
-            coefficient,
-            loss,
-            "load_balancing_loss",
-            self.tp_cp_group,
-            valid_token_count=tokens / self.tp_cp_group.size(),
-        )
+        if not coefficient:
+            return probs
+        choices = reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), self.tp_cp_group)
+        parts = choices / choices.sum().clamp(min=1)
+        loss = coefficient * self.config.num_moe_experts * (parts * scores_for_aux_loss.sum(dim=0)).sum()
+        return moe_utils.MoEAuxLossAutoScaler.apply(probs, loss)
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Attach coefficient * sum of squared log-sum-exps (ST-MoE, arXiv:2202.08906, eq. 5) to logits [tokens, E].
+
+        Args:
+            padding_mask: [tokens] bool, true on padding.
+        """
+        coefficient = self.config.moe_z_loss_coeff
+        if not coefficient or not self.training or not torch.is_grad_enabled():
+            return logits
+        squares = logits.logsumexp(dim=-1).square()
+        if padding_mask is not None:
+            squares = squares.masked_fill(padding_mask, 0.0)
+        return moe_utils.MoEAuxLossAutoScaler.apply(logits, coefficient * squares.sum())
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Count the choices, by which the bias of experts is moved after the step; [tokens, E] and [tokens].
@@ -177,7 +183,7 @@ class _SpecifiedLatentAttention(MLASelfAttention):
 
 
 def decoder_layers(
-    config: TransformerConfig, *, use_transformer_engine: bool, vp_stage: int | None
+    config: TransformerConfig, *, use_transformer_engine: bool, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of the chunk `vp_stage` of it, dense ones and those with experts."""
     block = get_gpt_decoder_block_spec(

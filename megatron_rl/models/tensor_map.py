@@ -1,19 +1,20 @@
 """Where every element of a Megatron parameter lives in a Hugging Face checkpoint, as data.
 
-A Megatron shard is a concatenation, along one dimension, of runs of rows (or columns) of Hugging Face matrices. That
-sentence covers every layout: column- and row-parallel matrices, the interleaving of query, key and value heads by
-group, the stacking of gate and up projections, the padded vocabulary, KV heads fewer than ranks, and experts, each of
-which is a parameter of its own. Some checkpoints keep all experts of a layer in one tensor, transposed, with the rows
-of gate and up taking turns: then the matrix is `tensor[index].T`, and a run takes every second row.
-Import reads a shard's runs from disk, export and live weight sync write them back; nothing else knows the layouts,
-and the same table serves both directions, so a round trip is exact by construction.
+A Megatron shard is a concatenation, along one dimension, of ranges of rows (or columns) of Hugging Face matrices. That
+covers every layout: column- and row-parallel matrices, the interleaving of query, key and value heads by group, the
+stacking of gate and up projections, the padded vocabulary, KV heads fewer than ranks, and experts, each of which is a
+parameter of its own. Some checkpoints keep all experts of a layer in one tensor, transposed, with the rows of gate and
+up taking turns: then the matrix is `tensor[index].T`, and a row range takes every second row.
 
-Who holds what follows from three things in the map. `expert` says which group of ranks splits the parameter: the
-expert-tensor-parallel one for an expert, which one expert-parallel rank holds (`expert_parallel_rank`), else the
-tensor-parallel one, on every expert-parallel rank alike. `replicated` says that all ranks of that group hold all of
-it. `runs(rank, size)` says what a rank of that group holds. Where the layer is, the pipeline stage says.
+Import reads a shard's row ranges from disk, export and weight sync write them back; nothing else knows the layouts.
+Both directions use the same table, so a round trip is exact by construction.
 
-Pure: shapes and names in, runs out; no tensor, no process group.
+Three fields of a map say which ranks hold what. `expert` says which group splits the parameter: for an expert the
+expert-tensor-parallel group of the one expert-parallel rank that holds it (`expert_parallel_rank`), else the
+tensor-parallel group, alike on every expert-parallel rank. `replicated`: all ranks of that group hold all of it.
+`row_ranges(rank, size)`: what a rank of that group holds. The pipeline stage follows from the layer.
+
+Pure: shapes and names in, row ranges out; no tensor, no process group.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRange:
     """`size` rows (along the map's dimension) of a Hugging Face matrix, `step` apart, or of zeros (hf_name None)."""
 
     hf_name: str | None
@@ -30,7 +31,7 @@ class Run:
     step: int = 1
 
 
-RunsOfRank = Callable[[int, int], list[Run]]
+RowRangesOfRank = Callable[[int, int], list[RowRange]]
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class TensorMap:
         name: Megatron's parameter name with the layer number counted over the whole model and the expert's over the
             whole layer, in the names of the unfused (portable) layers.
         hf_shapes: shape of each Hugging Face tensor involved, as stored.
-        dim: dimension of the matrices along which runs are concatenated.
+        dim: dimension of the matrices along which row ranges are concatenated.
         replicated: True if every rank of the group that splits it holds all of it.
-        runs: (rank, size) in that group -> the runs whose concatenation is that rank's shard.
+        row_ranges: (rank, size) in that group -> the row ranges whose concatenation is that rank's shard.
         expert: number of the expert that this is a part of, counted over the whole layer; None: of no expert.
         num_experts: of the layer, if `expert` is a number; expert-parallel ranks share them out evenly, in order.
         index: the matrices are [index] of the tensors, which stack those of all experts; None: the tensors.
@@ -55,7 +56,7 @@ class TensorMap:
     hf_shapes: dict[str, tuple[int, ...]]
     dim: int
     replicated: bool
-    runs: RunsOfRank
+    row_ranges: RowRangesOfRank
     expert: int | None = None
     num_experts: int = 0
     index: int | None = None
@@ -63,7 +64,7 @@ class TensorMap:
     float32: bool = False
 
     def matrix_shape(self, hf_name: str) -> tuple[int, ...]:
-        """Shape of the matrix whose rows (along `dim`) the runs count."""
+        """Shape of the matrix whose rows (along `dim`) the row ranges count."""
         shape = self.hf_shapes[hf_name]
         shape = shape if self.index is None else shape[1:]
         return shape[::-1] if self.transposed else shape
@@ -71,7 +72,7 @@ class TensorMap:
     def shard_shape(self, rank: int, size: int) -> tuple[int, ...]:
         """Shape of the shard of that rank in the group that splits the parameter."""
         shape = list(self.matrix_shape(next(iter(self.hf_shapes))))
-        shape[self.dim] = sum(run.size for run in self.runs(rank, size))
+        shape[self.dim] = sum(rows.size for rows in self.row_ranges(rank, size))
         return tuple(shape)
 
     def expert_parallel_rank(self, expert_parallel_size: int) -> int | None:
@@ -81,37 +82,39 @@ class TensorMap:
 
 def replicated(name: str, hf_name: str, shape: tuple[int, ...], *, float32: bool = False) -> TensorMap:
     """Held whole by every rank: norms, routers, projections down to a latent."""
-    return TensorMap(name, {hf_name: shape}, 0, True, lambda rank, size: [Run(hf_name, 0, shape[0])], float32=float32)
+    return TensorMap(
+        name, {hf_name: shape}, 0, True, lambda rank, size: [RowRange(hf_name, 0, shape[0])], float32=float32
+    )
 
 
 def split(name: str, hf_name: str, shape: tuple[int, ...], *, dim: int) -> TensorMap:
     """Split evenly along `dim`: 0 for column-parallel linear layers, 1 for row-parallel ones."""
 
-    def runs(rank: int, size: int) -> list[Run]:
+    def row_ranges(rank: int, size: int) -> list[RowRange]:
         part = shape[dim] // size
-        return [Run(hf_name, rank * part, part)]
+        return [RowRange(hf_name, rank * part, part)]
 
-    return TensorMap(name, {hf_name: shape}, dim, False, runs)
+    return TensorMap(name, {hf_name: shape}, dim, False, row_ranges)
 
 
 def gate_up(name: str, gate: str, up: str, shape: tuple[int, ...]) -> TensorMap:
     """Gated MLP: each rank stacks its part of the gate projection on its part of the up projection."""
 
-    def runs(rank: int, size: int) -> list[Run]:
+    def row_ranges(rank: int, size: int) -> list[RowRange]:
         part = shape[0] // size
-        return [Run(gate, rank * part, part), Run(up, rank * part, part)]
+        return [RowRange(gate, rank * part, part), RowRange(up, rank * part, part)]
 
-    return TensorMap(name, {gate: shape, up: shape}, 0, False, runs)
+    return TensorMap(name, {gate: shape, up: shape}, 0, False, row_ranges)
 
 
 def alternating_gate_up(name: str, hf_name: str, shape: tuple[int, ...]) -> TensorMap:
     """Gated MLP, stored as one matrix whose even rows are the gate projection and whose odd rows are the up one."""
 
-    def runs(rank: int, size: int) -> list[Run]:
+    def row_ranges(rank: int, size: int) -> list[RowRange]:
         part = shape[0] // 2 // size
-        return [Run(hf_name, 2 * rank * part + odd, part, step=2) for odd in (0, 1)]
+        return [RowRange(hf_name, 2 * rank * part + odd, part, step=2) for odd in (0, 1)]
 
-    return TensorMap(name, {hf_name: shape}, 0, False, runs)
+    return TensorMap(name, {hf_name: shape}, 0, False, row_ranges)
 
 
 def of_expert(tensor_map: TensorMap, expert: int, num_experts: int) -> TensorMap:
@@ -146,7 +149,7 @@ def qkv(
     q_rows = num_heads // num_groups * head_dim
     group_rows = q_rows + 2 * head_dim
 
-    def runs(rank: int, size: int) -> list[Run]:
+    def row_ranges(rank: int, size: int) -> list[RowRange]:
         part = num_groups * group_rows // size
         begin, end = rank * part, (rank + 1) * part
         pieces = []
@@ -155,11 +158,11 @@ def qkv(
             for hf_name, offset, rows in ((q, 0, q_rows), (k, q_rows, head_dim), (v, q_rows + head_dim, head_dim)):
                 first, last = max(begin, top + offset), min(end, top + offset + rows)
                 if first < last:
-                    pieces.append(Run(hf_name, group * rows + first - top - offset, last - first))
+                    pieces.append(RowRange(hf_name, group * rows + first - top - offset, last - first))
         return pieces
 
     shapes = {q: (num_heads * head_dim, *columns)} | dict.fromkeys((k, v), (num_groups * head_dim, *columns))
-    return TensorMap(name, shapes, 0, False, runs)
+    return TensorMap(name, shapes, 0, False, row_ranges)
 
 
 def padded_vocabulary_size(vocab_size: int, tp_size: int) -> int:
@@ -170,11 +173,11 @@ def padded_vocabulary_size(vocab_size: int, tp_size: int) -> int:
 def vocabulary(name: str, hf_name: str, shape: tuple[int, ...]) -> TensorMap:
     """Embedding or output layer: rows split over the ranks after padding with zeros to a multiple of their number."""
 
-    def runs(rank: int, size: int) -> list[Run]:
+    def row_ranges(rank: int, size: int) -> list[RowRange]:
         part = padded_vocabulary_size(shape[0], size) // size
         first = min(rank * part, shape[0])
         real = min(part, shape[0] - first)
-        pieces = [Run(hf_name, first, real)] if real else []
-        return pieces + ([Run(None, 0, part - real)] if part > real else [])
+        pieces = [RowRange(hf_name, first, real)] if real else []
+        return pieces + ([RowRange(None, 0, part - real)] if part > real else [])
 
-    return TensorMap(name, {hf_name: shape}, 0, False, runs)
+    return TensorMap(name, {hf_name: shape}, 0, False, row_ranges)

@@ -1,23 +1,19 @@
-"""From the rewards of a step to the advantages of its tokens.
+"""Advantage estimators by name, and a user's own; from the rewards of a step to the advantages of its tokens.
 
     rewards of tokens   what a process reward model gave them, less the KL penalty where it is in the reward
     rewards             of whole completions; for an estimator of tokens on the last trained token of each
-    estimator           of completions or of tokens; see `estimators`
+    estimator           of completions or of tokens
     whitening           over the trained tokens of the global batch
 
-Each rank works on the rows that it will train on. What must be known of all of them, sums of completions and moments
-of tokens, is gathered.
-
-Advantage estimators by name, and the user's own.
-
 An estimator is a function that names what it needs. One that names `loss_mask` or `cu_seqlens` works on the tokens of
-one packed row, [T], and returns advantages [T], or advantages and the returns that a critic is fitted to; any other
-works on the completions of the whole step, [N], and returns [N].
+one micro-batch, [T], and returns advantages [T], or advantages and the returns that a critic is fitted to; any other
+works on the completions of the whole step, [N], and returns [N]. One that names `values` gets a critic.
 
     of completions   rewards [N], group_ids [N], baseline (a `RunningBaseline` of the steps before)
     of tokens        rewards [T], values [T] of the critic, loss_mask [T], cu_seqlens [S + 1]
 
-One that names `values` gets a critic.
+Each rank works on the micro-batches that it will train on. What must be known of all of them, sums of completions and
+moments of tokens, is gathered.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +36,7 @@ from megatron_rl.algorithms.metrics import Moments
 from megatron_rl.algorithms.reward_shaping import terminal_rewards
 from megatron_rl.config.functions import Bound, Function, bind, find_function
 from megatron_rl.config.schema import AdvantageConfig, Whitening
-from megatron_rl.data.packing import PackedRow
+from megatron_rl.data.packing import MicroBatch
 from megatron_rl.data.samples import Sample
 from megatron_rl.objectives.minibatch import spread
 
@@ -90,7 +86,7 @@ def resolve_estimator(config: AdvantageConfig) -> Bound:
 
 
 def is_of_tokens(estimator: Bound) -> bool:
-    """Whether it works on the tokens of a row."""
+    """Whether it works on the tokens of a micro-batch."""
     return bool(estimator.wants & {"loss_mask", "cu_seqlens", "values"})
 
 
@@ -100,105 +96,120 @@ def needs_critic(estimator: Bound) -> bool:
 
 
 TOKEN_REWARDS = "token_rewards"
-"""Rewards of single tokens, [T], of a row that has any."""
+"""Rewards of single tokens, [T], of a micro-batch that has any."""
 
 
 def add_advantages(
     samples: Sequence[Sample],
-    rows: Sequence[PackedRow],
+    micro_batches: Sequence[MicroBatch],
     *,
     config: AdvantageConfig,
     estimator: Bound,
     baseline: RunningBaseline,
     dp: ProcessGroup,
 ) -> Tensor:
-    """Give every row its per-token `advantages` and, if it has `values`, `returns`; collective over `dp`.
+    """Give every micro-batch its per-token `advantages` and, if it has `values`, `returns`; collective over `dp`.
 
     Args:
-        samples: of the whole step, the same on all ranks; a row's sequence ids are positions in them.
-        rows: of this data-parallel rank. Their `token_rewards`, if there, are 0 on masked tokens.
+        samples: of the whole step, the same on all ranks; a micro-batch's sequence ids are positions in them.
+        micro_batches: of this data-parallel rank. Their `token_rewards`, if there, are 0 on masked tokens.
         config: settings of the estimator.
         estimator: of `resolve_estimator`.
         baseline: of the steps before.
-        dp: ranks whose rows make up the step.
+        dp: ranks whose micro-batches make up the step.
 
     Returns:
         [samples] float32: each completion's advantage, the mean over its tokens.
     """
     rewards = torch.tensor([sample.terminal_reward for sample in samples], dtype=torch.float32)
     if is_of_tokens(estimator):
-        for row in rows:
-            _estimate_tokens(row, rewards, estimator, config.gamma)
+        for micro_batch in micro_batches:
+            _estimate_tokens(micro_batch, rewards, estimator, config.gamma)
     else:
         whole = rewards
-        if any(TOKEN_REWARDS in row.per_token for row in rows):
-            whole = rewards + gathered_sums(rows, TOKEN_REWARDS, len(samples), dp)
+        if any(TOKEN_REWARDS in micro_batch.per_token for micro_batch in micro_batches):
+            whole = rewards + gathered_sums(micro_batches, TOKEN_REWARDS, len(samples), dp)
         group_ids = torch.tensor([sample.prompt.prompt_id for sample in samples])
         advantages = estimator(
             rewards=whole, group_ids=group_ids, baseline=baseline, values=None, loss_mask=None, cu_seqlens=None
         )
-        for row in rows:
-            row.per_token["advantages"] = spread(row, advantages.tolist())
-            if "values" in row.per_token:  # of a critic that this estimator has no use for
-                row.per_token["returns"] = _returns(row, _token_rewards(row, rewards), config.gamma)
+        for micro_batch in micro_batches:
+            micro_batch.per_token["advantages"] = spread(micro_batch, advantages.tolist())
+            if "values" in micro_batch.per_token:  # of a critic that this estimator has no use for
+                micro_batch.per_token["returns"] = _returns(
+                    micro_batch, _token_rewards(micro_batch, rewards), config.gamma
+                )
     if config.whiten is not Whitening.none:
-        _whiten(rows, dp, subtract_mean=config.whiten is Whitening.full, epsilon=config.std_epsilon)
-    return gathered_means(rows, "advantages", len(samples), dp)
+        _whiten(micro_batches, dp, subtract_mean=config.whiten is Whitening.full, epsilon=config.std_epsilon)
+    return gathered_means(micro_batches, "advantages", len(samples), dp)
 
 
-def _estimate_tokens(row: PackedRow, rewards: Tensor, estimator: Bound, gamma: float) -> None:
-    mask, cu_seqlens = row.loss_mask, row.cu_seqlens[: len(row.sequence_ids) + 1]
-    of_tokens = _token_rewards(row, rewards)
-    values = row.per_token.get("values")
+def _estimate_tokens(micro_batch: MicroBatch, rewards: Tensor, estimator: Bound, gamma: float) -> None:
+    mask, cu_seqlens = micro_batch.loss_mask, micro_batch.cu_seqlens[: len(micro_batch.sequence_ids) + 1]
+    of_tokens = _token_rewards(micro_batch, rewards)
+    values = micro_batch.per_token.get("values")
     found = estimator(
         rewards=of_tokens, values=values, loss_mask=mask, cu_seqlens=cu_seqlens, group_ids=None, baseline=None
     )
     advantages, returns = found if isinstance(found, tuple) else (found, None)
-    row.per_token["advantages"] = torch.where(mask > 0, advantages, 0.0)
+    micro_batch.per_token["advantages"] = torch.where(mask > 0, advantages, 0.0)
     if values is not None:
         if returns is None:
-            returns = _returns(row, of_tokens, gamma)
-        row.per_token["returns"] = returns
+            returns = _returns(micro_batch, of_tokens, gamma)
+        micro_batch.per_token["returns"] = returns
 
 
-def _token_rewards(row: PackedRow, rewards: Tensor) -> Tensor:
+def _token_rewards(micro_batch: MicroBatch, rewards: Tensor) -> Tensor:
     """[T]: the rewards of completions on their last trained tokens, and those of single tokens."""
-    cu_seqlens = row.cu_seqlens[: len(row.sequence_ids) + 1]
-    of_tokens = terminal_rewards(rewards[list(row.sequence_ids)], row.loss_mask, cu_seqlens)
-    return of_tokens + row.per_token[TOKEN_REWARDS] if TOKEN_REWARDS in row.per_token else of_tokens
+    cu_seqlens = micro_batch.cu_seqlens[: len(micro_batch.sequence_ids) + 1]
+    of_tokens = terminal_rewards(rewards[list(micro_batch.sequence_ids)], micro_batch.loss_mask, cu_seqlens)
+    return of_tokens + micro_batch.per_token[TOKEN_REWARDS] if TOKEN_REWARDS in micro_batch.per_token else of_tokens
 
 
-def _returns(row: PackedRow, of_tokens: Tensor, gamma: float) -> Tensor:
-    cu_seqlens = row.cu_seqlens[: len(row.sequence_ids) + 1]
-    return discounted_returns(of_tokens, row.loss_mask, cu_seqlens, gamma=gamma)
+def _returns(micro_batch: MicroBatch, of_tokens: Tensor, gamma: float) -> Tensor:
+    cu_seqlens = micro_batch.cu_seqlens[: len(micro_batch.sequence_ids) + 1]
+    return discounted_returns(of_tokens, micro_batch.loss_mask, cu_seqlens, gamma=gamma)
 
 
-def _whiten(rows: Sequence[PackedRow], dp: ProcessGroup, *, subtract_mean: bool, epsilon: float) -> None:
-    mine = sum((Moments.of(row.per_token["advantages"], row.loss_mask) for row in rows), Moments())
+def _whiten(micro_batches: Sequence[MicroBatch], dp: ProcessGroup, *, subtract_mean: bool, epsilon: float) -> None:
+    mine = sum(
+        (Moments.of(micro_batch.per_token["advantages"], micro_batch.loss_mask) for micro_batch in micro_batches),
+        Moments(),
+    )
     of_ranks: list[Moments] = [Moments()] * dp.size()
     dist.all_gather_object(of_ranks, mine, group=dp)
     moments = sum(of_ranks, Moments())
-    for row in rows:
-        row.per_token["advantages"] = whiten(
-            row.per_token["advantages"], row.loss_mask, moments, subtract_mean=subtract_mean, epsilon=epsilon
+    for micro_batch in micro_batches:
+        micro_batch.per_token["advantages"] = whiten(
+            micro_batch.per_token["advantages"],
+            micro_batch.loss_mask,
+            moments,
+            subtract_mean=subtract_mean,
+            epsilon=epsilon,
         )
 
 
-def gathered_sums(rows: Sequence[PackedRow], name: str, num_samples: int, dp: ProcessGroup) -> Tensor:
+def gathered_sums(micro_batches: Sequence[MicroBatch], name: str, num_samples: int, dp: ProcessGroup) -> Tensor:
     """[samples] float32: the sum of a per-token value over each completion's trained tokens, from all ranks."""
     sums: dict[int, float] = {}
-    for row in rows:
-        of_row = sequence_sums(row.per_token[name], row.loss_mask, row.cu_seqlens).tolist()
-        sums |= dict(zip(row.sequence_ids, of_row, strict=False))  # the padding comes last and has no id
+    for micro_batch in micro_batches:
+        of_micro_batch = sequence_sums(
+            micro_batch.per_token[name], micro_batch.loss_mask, micro_batch.cu_seqlens
+        ).tolist()
+        sums |= dict(
+            zip(micro_batch.sequence_ids, of_micro_batch, strict=False)
+        )  # the padding comes last and has no id
     return _gathered(sums, num_samples, dp)
 
 
-def gathered_means(rows: Sequence[PackedRow], name: str, num_samples: int, dp: ProcessGroup) -> Tensor:
+def gathered_means(micro_batches: Sequence[MicroBatch], name: str, num_samples: int, dp: ProcessGroup) -> Tensor:
     """As `gathered_sums`, of the mean."""
     means: dict[int, float] = {}
-    for row in rows:
-        of_row = sequence_means(row.per_token[name], row.loss_mask, row.cu_seqlens).tolist()
-        means |= dict(zip(row.sequence_ids, of_row, strict=False))
+    for micro_batch in micro_batches:
+        of_micro_batch = sequence_means(
+            micro_batch.per_token[name], micro_batch.loss_mask, micro_batch.cu_seqlens
+        ).tolist()
+        means |= dict(zip(micro_batch.sequence_ids, of_micro_batch, strict=False))
     return _gathered(means, num_samples, dp)
 
 

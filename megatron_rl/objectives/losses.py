@@ -1,19 +1,16 @@
-"""Policy losses by name, and the user's own.
+"""Losses by name, and a user's own: of policies, on preference data, and of supervised fine-tuning.
 
-A loss is a function of one packed row that names what it needs and returns [T], one loss per token, before mask and
-division:
+A loss is a function that names what it needs of one micro-batch, and gets no more. What each kind is offered:
+
+Policy losses, one loss per token, [T], before mask and division. Beside each stand the metrics that describe the same
+tokens; a loss of one's own gets those of the ratio.
 
     log_probs        [T] of the policy, with its gradient        advantages      [T]
     old_log_probs    [T] of the policy before the step's first update
     rollout_log_probs, ref_log_probs (with a reference policy)   [T]
     entropy          [T], with its gradient                      loss_mask [T], cu_seqlens [S + 1]
 
-Beside each loss stand the metrics that describe the same tokens; a loss of one's own gets those of the ratio.
-
-Losses on judged completions by name, and the user's own.
-
-A loss is a function of what it names, over the pairs or the single completions of one packed row, and returns one loss
-for each. What it names decides what data it is given:
+Losses on preference data, one loss per pair or single completion. What one names decides what data it is given.
 
     chosen, rejected, ref_chosen, ref_rejected   [P], of pairs: log-probs of policy and reference, or, without the
                                                  reference, scores of a reward model
@@ -23,12 +20,11 @@ for each. What it names decides what data it is given:
     rewards, targets                             [N], scores of a reward model and of the data
     logits, labels                               [T], at the ends of the steps, for a process reward model
 
-Losses of supervised fine-tuning by name, and the user's own: functions of what they name, one loss per token:
+Losses of supervised fine-tuning, one loss per token. They see tokens apart from each other, in pieces of a micro-batch:
+the gradient can then be formed while the head computes.
 
     log_probs        [n] of the target tokens
     mean_log_probs   [n] mean of all log-probs at each position
-
-A loss sees tokens apart from each other, in pieces of a row: its gradient can then be formed while the head computes.
 """
 
 from collections.abc import Callable
@@ -49,11 +45,16 @@ from megatron_rl.algorithms.policy_loss import (
     ppo_trajectory_loss,
     reinforce_loss,
 )
-from megatron_rl.algorithms.preference_loss import dpo_loss, hinge_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
-from megatron_rl.algorithms.reward_model_loss import (
+from megatron_rl.algorithms.preference_loss import (
     bradley_terry_loss,
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    kto_loss,
+    orpo_loss,
     process_reward_loss,
     reward_regression_loss,
+    simpo_loss,
 )
 from megatron_rl.algorithms.supervised_loss import focal_loss, label_smoothed_loss, sft_loss
 from megatron_rl.config.functions import Bound, Function, bind, find_function
@@ -98,48 +99,48 @@ def resolve_policy_loss(config: PolicyLossConfig) -> Bound:
     return bind(config.name, function, key=POLICY_LOSS_KEY, offered=OFFERED, args=config.args, settings=settings)
 
 
-def loss_metrics(config: PolicyLossConfig, row: dict[str, Any]) -> dict[str, Metric]:
+def loss_metrics(config: PolicyLossConfig, values: dict[str, Any]) -> dict[str, Metric]:
     """How far the policy moved, and what the configured loss did about it.
 
     Args:
-        row: the values of `OFFERED`.
+        values: the values of `OFFERED`.
     """
-    return _METRICS.get(config.name, _of_unclipped)(config, row)
+    return _METRICS.get(config.name, _of_unclipped)(config, values)
 
 
-def _of_tokens(config: PolicyLossConfig, row: dict[str, Any]) -> dict[str, Metric]:
-    return _clip_metrics(config, row, row["log_probs"], row["old_log_probs"])
+def _of_tokens(config: PolicyLossConfig, values: dict[str, Any]) -> dict[str, Metric]:
+    return _clip_metrics(config, values, values["log_probs"], values["old_log_probs"])
 
 
-def _of_completions(config: PolicyLossConfig, row: dict[str, Any]) -> dict[str, Metric]:
+def _of_completions(config: PolicyLossConfig, values: dict[str, Any]) -> dict[str, Metric]:
     level: Level = "sequence" if config.name == "ppo_trajectory" else "geometric"
     ratios = log_ratios(
-        row["log_probs"].detach(), row["old_log_probs"], row["loss_mask"], row["cu_seqlens"], level=level
+        values["log_probs"].detach(), values["old_log_probs"], values["loss_mask"], values["cu_seqlens"], level=level
     )
-    return _clip_metrics(config, row, ratios, ratios.new_zeros(ratios.shape))
+    return _clip_metrics(config, values, ratios, ratios.new_zeros(ratios.shape))
 
 
-def _clip_metrics(config: PolicyLossConfig, row: dict[str, Any], new: Tensor, old: Tensor) -> dict[str, Metric]:
+def _clip_metrics(config: PolicyLossConfig, values: dict[str, Any], new: Tensor, old: Tensor) -> dict[str, Metric]:
     return ppo_clip_metrics(
         new,
         old,
-        row["advantages"],
-        row["loss_mask"],
+        values["advantages"],
+        values["loss_mask"],
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
     )
 
 
-def _of_unclipped(config: PolicyLossConfig, row: dict[str, Any]) -> dict[str, Metric]:
-    found = _of_tokens(config, row)
+def _of_unclipped(config: PolicyLossConfig, values: dict[str, Any]) -> dict[str, Metric]:
+    found = _of_tokens(config, values)
     return {name: metric for name, metric in found.items() if not name.startswith("policy/clip_fraction")}
 
 
-def _of_cispo(config: PolicyLossConfig, row: dict[str, Any]) -> dict[str, Metric]:
+def _of_cispo(config: PolicyLossConfig, values: dict[str, Any]) -> dict[str, Metric]:
     bounds = dict(clip_low=config.clip_low, clip_high=config.clip_high)
-    found = cispo_metrics(row["log_probs"], row["old_log_probs"], row["loss_mask"], **bounds)
-    return _of_unclipped(config, row) | found
+    found = cispo_metrics(values["log_probs"], values["old_log_probs"], values["loss_mask"], **bounds)
+    return _of_unclipped(config, values) | found
 
 
 _METRICS: dict[str, LossMetrics] = {

@@ -1,7 +1,7 @@
-"""One optimizer step's sequences: this rank's packed rows and the counts that the loss is divided by.
+"""One optimizer step's sequences: this rank's micro-batches and the counts that the loss is divided by.
 
-Every rank knows all sequences of the global batch, so the layout of rows and the global counts are plain functions of
-them; no collective is needed, and no rank can disagree.
+Every rank knows all sequences of the global batch, so the layout of micro-batches and the global counts are plain
+functions of them; no collective is needed, and no rank can disagree.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import GlobalCounts
-from megatron_rl.data.packing import PackedRow, imbalance, pack, packing_efficiency, plan_micro_batches
+from megatron_rl.data.packing import MicroBatch, imbalance, pack, packing_efficiency, plan_micro_batches
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.parallel.groups import Groups
 
@@ -21,7 +21,7 @@ from megatron_rl.parallel.groups import Groups
 class MiniBatch:
     """The global batch of one optimizer step, as this rank sees it."""
 
-    rows: list[PackedRow]
+    micro_batches: list[MicroBatch]
     """This data-parallel rank's micro-batches; as many on every rank."""
     counts: GlobalCounts
     """Trained tokens and sequences of the global batch."""
@@ -30,7 +30,7 @@ class MiniBatch:
     lengths: tuple[int, ...]
     """Tokens of each sequence of the global batch."""
     packing_efficiency: float
-    """Real tokens / tokens of the rows if all were as long as the longest."""
+    """Real tokens / tokens of the micro-batches if all were as long as the longest."""
     imbalance: float
     """Tokens of the fullest data-parallel rank / mean - 1."""
 
@@ -42,20 +42,20 @@ class MiniBatch:
         *,
         micro_batch_tokens: int,
         pad_to_multiple: int,
-        num_rows_multiple: int = 1,
+        num_micro_batches_multiple: int = 1,
         together: int = 1,
         cost: Callable[[int], float] | None = None,
     ) -> "MiniBatch":
-        """Lay out the sequences at `indices`; a row's `sequence_ids` are positions in `sequences`.
+        """Lay out the sequences at `indices`; a micro-batch's `sequence_ids` are positions in `sequences`.
 
         Args:
             sequences: of the whole step, the same on all ranks.
             indices: which of them the optimizer step takes.
             groups: this rank's.
-            micro_batch_tokens: most tokens of a row.
-            pad_to_multiple: rows are filled up to a multiple of this.
-            num_rows_multiple, cost: see `plan_micro_batches`.
-            together: this many neighbours among the indices stay in one row, in their order: 2 for pairs.
+            micro_batch_tokens: most tokens of a micro-batch.
+            pad_to_multiple: micro-batches are filled up to a multiple of this.
+            num_micro_batches_multiple, cost: see `plan_micro_batches`.
+            together: this many neighbours among the indices stay in one micro-batch, in their order: 2 for pairs.
         """
         units = [indices[start : start + together] for start in range(0, len(indices), together)]
         lengths = [sum(sequences[i].num_positions for i in unit) for unit in units]
@@ -63,13 +63,13 @@ class MiniBatch:
             lengths,
             num_ranks=groups.dp.size(),
             micro_batch_tokens=micro_batch_tokens,
-            num_rows_multiple=num_rows_multiple,
+            num_micro_batches_multiple=num_micro_batches_multiple,
             cost=cost,
         )
-        mine = [[i for number in row for i in units[number]] for row in plan[groups.dp.rank()]]
+        mine = [[i for number in micro_batch for i in units[number]] for micro_batch in plan[groups.dp.rank()]]
         masks = [float(sequences[i].loss_mask.sum()) for i in indices]
         return MiniBatch(
-            rows=[pack(sequences, row, pad_to_multiple=pad_to_multiple) for row in mine],
+            micro_batches=[pack(sequences, micro_batch, pad_to_multiple=pad_to_multiple) for micro_batch in mine],
             counts=GlobalCounts(num_tokens=sum(masks), num_sequences=float(np.count_nonzero(masks))),
             num_tokens=sum(lengths),
             lengths=tuple(sequences[i].num_positions for i in indices),
@@ -78,10 +78,10 @@ class MiniBatch:
         )
 
 
-def spread(row: PackedRow, values: Sequence[float]) -> Tensor:
+def spread(micro_batch: MicroBatch, values: Sequence[float]) -> Tensor:
     """[T] float32: each sequence's value on its trained tokens, 0 elsewhere. `values` is indexed by sequence id."""
-    spans = row.cu_seqlens.diff().tolist()
-    of_sequences = [values[i] for i in row.sequence_ids]
+    spans = micro_batch.cu_seqlens.diff().tolist()
+    of_sequences = [values[i] for i in micro_batch.sequence_ids]
     padding = [0.0] * (len(spans) - len(of_sequences))
     whole = torch.tensor([*of_sequences, *padding], dtype=torch.float32)
-    return whole.repeat_interleave(torch.tensor(spans)) * row.loss_mask
+    return whole.repeat_interleave(torch.tensor(spans)) * micro_batch.loss_mask

@@ -1,9 +1,7 @@
-"""The KL penalty of a run: its reference policy, which may move, and its coefficient, which may be adapted.
+"""Penalties: the KL to a reference policy, in the loss or in the reward, and DAPO's for long completions.
 
-What moves is part of the run's state and goes into its checkpoints: the coefficient in `RunState.adaptive`, the weights
-of a reference that is not fixed beside the policy's.
-
-DAPO's punishment of long completions, as one more term of the reward.
+The reference may move, and the KL's coefficient may be adapted. Both are part of the run's state and go into its
+checkpoints: the coefficient in `RunState.adaptive`, the weights of a reference that is not fixed beside the policy's.
 """
 
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ import torch
 from megatron_rl.algorithms.kl import adaptive_kl_coefficient, kl_estimate
 from megatron_rl.algorithms.reward_shaping import kl_in_rewards, overlong_penalty
 from megatron_rl.config.schema import KLConfig, KLEstimator, KLPlace, KLReference, OverlongConfig
-from megatron_rl.data.packing import PackedRow
+from megatron_rl.data.packing import MicroBatch
 from megatron_rl.data.samples import Sample
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.reference import ReferenceLogits, ReferenceWeights, Teacher, reference_logits
@@ -32,7 +30,7 @@ class KLPenalty:
     def __init__(self, config: KLConfig, reference: ReferenceWeights | Teacher | None, state: RunState) -> None:
         self.config, self.reference, self.state = config, reference, state
         self.logits: ReferenceLogits | None = None
-        """Of the step's rows, where the KL is to be exact."""
+        """Of the step's micro-batches, where the KL is to be exact."""
 
     @property
     def coefficient(self) -> float:
@@ -44,26 +42,28 @@ class KLPenalty:
         """Whether the rewards are penalised, for which the old policy's log-probs are needed."""
         return self.reference is not None and self.config.place is KLPlace.reward
 
-    def add_log_probs(self, rows: Sequence[PackedRow], *, policy: Policy, temperature: float) -> None:
-        """Give the rows `ref_log_probs`; for an exact KL, keep the reference's distributions."""
+    def add_log_probs(self, micro_batches: Sequence[MicroBatch], *, policy: Policy, temperature: float) -> None:
+        """Give the micro-batches `ref_log_probs`; for an exact KL, keep the reference's distributions."""
         if self.reference is None:
             return
         with self.reference.swapped_in() as reference:
-            outputs = forward_log_probs(reference, rows, temperature=temperature)
-        for row, (log_probs, _) in zip(rows, outputs, strict=True):
-            row.per_token["ref_log_probs"] = log_probs
+            outputs = forward_log_probs(reference, micro_batches, temperature=temperature)
+        for micro_batch, (log_probs, _) in zip(micro_batches, outputs, strict=True):
+            micro_batch.per_token["ref_log_probs"] = log_probs
         if self.config.estimator is KLEstimator.exact:
-            self.logits = reference_logits(self.reference, policy, rows)
+            self.logits = reference_logits(self.reference, policy, micro_batches)
 
-    def penalise(self, rows: Sequence[PackedRow]) -> None:
-        """Take the penalty off the rewards of the rows' tokens."""
+    def penalise(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Take the penalty off the rewards of the micro-batches' tokens."""
         if not self.in_reward:
             return
         estimator: Any = self.config.estimator.value
-        for row in rows:
-            kl = kl_estimate(row.per_token["old_log_probs"], row.per_token["ref_log_probs"], estimator)
-            rewards = row.per_token.get(TOKEN_REWARDS, kl.new_zeros(kl.shape))
-            row.per_token[TOKEN_REWARDS] = kl_in_rewards(rewards, kl, row.loss_mask, coefficient=self.coefficient)
+        for micro_batch in micro_batches:
+            kl = kl_estimate(micro_batch.per_token["old_log_probs"], micro_batch.per_token["ref_log_probs"], estimator)
+            rewards = micro_batch.per_token.get(TOKEN_REWARDS, kl.new_zeros(kl.shape))
+            micro_batch.per_token[TOKEN_REWARDS] = kl_in_rewards(
+                rewards, kl, micro_batch.loss_mask, coefficient=self.coefficient
+            )
 
     def after_step(self, metrics: dict[str, float], num_samples: int) -> dict[str, float]:
         """Adapt the coefficient to the step's KL and move the reference; the coefficient that the step had."""

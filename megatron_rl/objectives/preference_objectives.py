@@ -1,7 +1,7 @@
-"""Objectives on judged completions: what turns the outputs of a packed row into one loss per pair or completion.
+"""Objectives on preference data: what turns the outputs of a micro-batch into one loss per pair or completion.
 
-In a row of pairs a chosen completion stands before its rejected one, so sequences 0, 2, 4, ... of the row are chosen.
-Losses are divided by the pairs (or completions, or judged steps) of the global batch.
+In a micro-batch of pairs a chosen completion stands before its rejected one, so sequences 0, 2, 4, ... of the
+micro-batch are chosen. Losses are divided by the pairs (or completions, or labelled steps) of the global batch.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,10 @@ from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import GlobalCounts, sequence_means, sequence_sums
 from megatron_rl.algorithms.metrics import Metric, masked_mean
-from megatron_rl.algorithms.preference_loss import implicit_rewards, preference_metrics
-from megatron_rl.algorithms.reward_model_loss import process_reward_metrics
+from megatron_rl.algorithms.preference_loss import implicit_rewards, preference_metrics, process_reward_metrics
 from megatron_rl.config.functions import Bound
 from megatron_rl.config.schema import PreferenceConfig
-from megatron_rl.data.packing import PackedRow
+from megatron_rl.data.packing import MicroBatch
 from megatron_rl.objectives.losses import OF_MEANS, is_of_pairs
 from megatron_rl.objectives.objectives import Loss
 
@@ -35,18 +34,18 @@ class PreferenceObjective:
     reference_kl: float = 0.0
     """Of KTO; nats."""
 
-    def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Loss:
+    def __call__(self, log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> Loss:
         """See engine.step.LossFunction."""
-        policy = self._of_completions(log_probs, row)
-        reference = row.per_token.get("ref_log_probs")
-        ref = policy.new_zeros(policy.shape) if reference is None else self._of_completions(reference, row)
+        policy = self._of_completions(log_probs, micro_batch)
+        reference = micro_batch.per_token.get("ref_log_probs")
+        ref = policy.new_zeros(policy.shape) if reference is None else self._of_completions(reference, micro_batch)
         rewards = implicit_rewards(policy.detach(), ref, beta=self.settings.beta)
-        metrics = {"policy/entropy": masked_mean(entropy, row.loss_mask)}
+        metrics = {"policy/entropy": masked_mean(entropy, micro_batch.loss_mask)}
         if is_of_pairs(self.loss):
-            losses = self._of_pairs(policy, ref, row)
+            losses = self._of_pairs(policy, ref, micro_batch)
             metrics |= preference_metrics(rewards[0::2], rewards[1::2], torch.ones_like(losses))
         else:
-            desirable = _at_completions("label", row, policy) > 0.5
+            desirable = _at_completions("label", micro_batch, policy) > 0.5
             losses = self._of_single(policy, ref, desirable)
             metrics |= {
                 "preference/chosen_reward": masked_mean(rewards, desirable.float()),
@@ -55,7 +54,10 @@ class PreferenceObjective:
         loss = losses.sum() / self._num_units
         metrics["preference/loss"] = Metric("mean", float(loss.detach()), len(losses) / self._num_units)
         if self.settings.sft_coefficient:
-            sft = -sequence_sums(log_probs, row.loss_mask, _cu_seqlens(row))[0::2].sum() / self.num_chosen_tokens
+            sft = (
+                -sequence_sums(log_probs, micro_batch.loss_mask, _cu_seqlens(micro_batch))[0::2].sum()
+                / self.num_chosen_tokens
+            )
             metrics["preference/sft_loss"] = Metric("mean", float(sft.detach()), len(losses) / self._num_units)
             loss = loss + self.settings.sft_coefficient * sft.to(loss.dtype)
         return loss, metrics
@@ -64,17 +66,17 @@ class PreferenceObjective:
     def _num_units(self) -> float:
         return self.counts.num_sequences / (2 if is_of_pairs(self.loss) else 1)
 
-    def _of_completions(self, log_probs: Tensor, row: PackedRow) -> Tensor:
+    def _of_completions(self, log_probs: Tensor, micro_batch: MicroBatch) -> Tensor:
         """[S] float32: log-prob of each completion, or the mean over its tokens."""
         averaged = self.settings.length_normalized or self.loss.name in OF_MEANS
         reduce = sequence_means if averaged else sequence_sums
-        return reduce(log_probs, row.loss_mask, _cu_seqlens(row)).float()
+        return reduce(log_probs, micro_batch.loss_mask, _cu_seqlens(micro_batch)).float()
 
-    def _of_pairs(self, policy: Tensor, ref: Tensor, row: PackedRow) -> Tensor:
+    def _of_pairs(self, policy: Tensor, ref: Tensor, micro_batch: MicroBatch) -> Tensor:
         values: dict[str, Any] = dict.fromkeys(self.loss.wants)
         values |= {"chosen": policy[0::2], "rejected": policy[1::2]}
         values |= {"ref_chosen": ref[0::2], "ref_rejected": ref[1::2]}
-        values["margin"] = _at_completions("label", row, policy)[0::2]
+        values["margin"] = _at_completions("label", micro_batch, policy)[0::2]
         return self.loss(**values)  # type: ignore[no-any-return]
 
     def _of_single(self, policy: Tensor, ref: Tensor, desirable: Tensor) -> Tensor:
@@ -90,18 +92,18 @@ class RewardObjective:
     loss: Bound
     """Of `losses.resolve_preference_loss`."""
     counts: GlobalCounts
-    """Of the optimizer step's global batch; its tokens are the judged ones."""
+    """Of the optimizer step's global batch; its tokens are the labelled ones."""
 
-    def __call__(self, values: Tensor, row: PackedRow) -> Loss:
+    def __call__(self, values: Tensor, micro_batch: MicroBatch) -> Loss:
         """See engine.step.LossFunction. The loss mask is 1 where a score is read."""
-        mask = row.loss_mask
+        mask = micro_batch.loss_mask
         if "logits" in self.loss.wants:
-            labels = row.per_token["label"]
+            labels = micro_batch.per_token["label"]
             losses = torch.where(mask > 0, self.loss(**_filled(self.loss, logits=values, labels=labels)), 0.0)
             share, metrics = mask.sum() / self.counts.num_tokens, process_reward_metrics(values, labels, mask)
             return self._summed(losses.sum() / self.counts.num_tokens, float(share), metrics)
-        scores = sequence_sums(values, mask, _cu_seqlens(row)).float()
-        label = _at_completions("label", row, scores)
+        scores = sequence_sums(values, mask, _cu_seqlens(micro_batch)).float()
+        label = _at_completions("label", micro_batch, scores)
         if is_of_pairs(self.loss):
             chosen, rejected = scores[0::2], scores[1::2]
             losses = self.loss(**_filled(self.loss, chosen=chosen, rejected=rejected, margin=label[0::2]))
@@ -117,14 +119,14 @@ class RewardObjective:
         return loss, {"preference/loss": Metric("mean", float(loss.detach()), share), **metrics}
 
 
-def _cu_seqlens(row: PackedRow) -> Tensor:
-    """Without the padding, which the row counts as one more sequence."""
-    return row.cu_seqlens[: len(row.sequence_ids) + 1]
+def _cu_seqlens(micro_batch: MicroBatch) -> Tensor:
+    """Without the padding, which the micro-batch counts as one more sequence."""
+    return micro_batch.cu_seqlens[: len(micro_batch.sequence_ids) + 1]
 
 
-def _at_completions(name: str, row: PackedRow, like: Tensor) -> Tensor:
+def _at_completions(name: str, micro_batch: MicroBatch, like: Tensor) -> Tensor:
     """[S]: a per-token value that is equal on a completion's trained tokens."""
-    return sequence_means(row.per_token[name], row.loss_mask, _cu_seqlens(row)).to(like.dtype)
+    return sequence_means(micro_batch.per_token[name], micro_batch.loss_mask, _cu_seqlens(micro_batch)).to(like.dtype)
 
 
 def _filled(loss: Bound, **values: Any) -> dict[str, Any]:

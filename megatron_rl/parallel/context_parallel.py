@@ -1,4 +1,4 @@
-"""Packed rows over context-parallel ranks: who holds which tokens, and how what they computed comes together again.
+"""Packed rows over context-parallel ranks: which rank holds which tokens, and how their results are gathered.
 
 Every sequence is cut into 2 * size chunks, and rank r holds chunks r and 2 * size - 1 - r: an early one, which sees few
 keys, and a late one, which sees many, so that causal attention is the same work on all ranks (zig-zag; the layout of

@@ -1,11 +1,9 @@
-"""The process groups of one rank, as a value that is passed along.
+"""The process groups of one rank as a value that is passed along, and sums of metrics and counts over their ranks.
 
-What must be known of the whole batch: metrics and counts, combined over the ranks of a group.
-
-Both gather every rank's contribution and combine in rank order. All ranks then hold the same float64 numbers, bit for
-bit, which a floating-point all-reduce does not promise, and ranks may report different metrics: a stage without a loss
-reports none. The values are a few dozen per step; they travel as Python objects, so no device is involved but the one
-that the group's backend needs.
+`reduce_metrics` and `reduce_counts` gather every rank's values and combine them in rank order. All ranks then have the
+same float64 numbers, bit for bit, which a floating-point all-reduce does not promise, and ranks may report different
+metrics: a stage without a loss reports none. The values are a few dozen per step; they travel as Python objects, so no
+device is involved but the one that the group's backend needs.
 """
 
 from collections.abc import Sequence

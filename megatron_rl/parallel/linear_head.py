@@ -1,13 +1,14 @@
-"""What every fused head is asked, checked in one place, and the buffers that its tiles share.
+"""What the fused output heads share: their arguments, products tile by tile, and gradients.
 
-The output layer by tiles: products of a chunk of tokens with a tile of the weight's rows, and where gradients go.
+`HeadArguments` and `LinearHead` check the arguments of every fused head in one place. `TileShape`, `buffers` and `fit`
+give the tiles and the memory that they share.
 
-The logits of a chunk are made tile by tile, so that softmax work finds them in the cache, and in float32 whatever the
-dtype of the operands: float16 logits of 20 are 0.01 apart, bfloat16 ones 0.1. On CUDA that is the accumulator of the
-product itself, kept; on a CPU, and for float16, whose range is too small for gradients divided by a global count, a
-tile's operands are widened.
+The logits of a chunk of tokens are made tile by tile, so that softmax work finds them in the cache, and in float32
+whatever the dtype of the operands: float16 logits of 20 are 0.01 apart, bfloat16 ones 0.1. On CUDA that is the
+accumulator of the product itself, kept; on a CPU, and for float16, whose range is too small for gradients divided by a
+global count, a tile's operands are widened (`product`, `add_product`, `WeightGradient`).
 
-A loss whose gradient was formed in the forward pass; the backward pass hands it on.
+`with_formed_gradient` returns a loss whose gradient was formed in the forward pass; the backward pass only scales it.
 """
 
 import math
@@ -115,7 +116,7 @@ class WeightGradient:
             add_product(gradient.t(), hidden, out=self.total[columns])
 
     def result(self) -> Tensor | None:
-        """What autograd is to be told: the gradient in the weight's dtype; None where it is in main_grad."""
+        """What autograd gets: the gradient in the weight's dtype; None where it is in main_grad."""
         return None if self.total is None or self.main_grad is not None else self.total.to(self.dtype)
 
 
@@ -159,7 +160,7 @@ class HeadArguments(TypedDict, total=False):
     sequence_parallel: bool
     """The tokens are split over the group, in rank order: hidden is [T/tp, H], this rank's. False unless given."""
     main_grad: Tensor | None
-    """[V/tp, H] float32, to which the weight's gradient is added; autograd is then told of none. None, or not given:
+    """[V/tp, H] float32, to which the weight's gradient is added; autograd then gets none. None, or not given:
     autograd gets it in the weight's dtype, summed in float32."""
     chunk_tokens: int | None
     """Most tokens at once; None, or not given: what suits the device."""

@@ -1,4 +1,4 @@
-"""What distillation and smoothed targets need of sharded logits: divergences, several log-probs per position, argmax.
+"""Divergences, several log-probs per position, and argmax of logits that are sharded by vocabulary.
 
 With p the student's and q the teacher's softmax of their logits / temperature, a divergence D and the function f of its
 derivative dD/dp_j (up to a constant, which the softmax takes away) are
@@ -10,8 +10,7 @@ derivative dD/dp_j (up to a constant, which the softmax takes away) are
 and the gradient of the student's logits is (p_j f_j - p_j sum_k p_k f_k) / temperature. Three collectives forward, two
 for the normalisers and one for the sums; none backward, where all is made again from the logits by chunks of tokens.
 
-Logits of some tokens, sharded by vocabulary, and what a loss may ask of them: the place of a loss of whole
-distributions, which then needs to know of no group.
+`ShardedLogits` gives a loss of whole distributions these quantities for some tokens, so that it needs no group.
 """
 
 import math

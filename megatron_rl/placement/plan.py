@@ -10,7 +10,7 @@ Weights, gradients and optimizer state follow from the shards alone and are exac
 Activations are an estimate: what the layers keep for the backward pass of the micro-batches in flight, with attention
 that keeps no scores. Transformer Engine's fused layers keep what Korthikanti et al. 2022, arXiv:2205.05198, section 4.1
 count, here with the shapes of gated and grouped layers and without masks of dropout. The portable layers keep more,
-because each of torch's operations keeps its own; their numbers were counted tensor by tensor, and hold against what
+because each of torch's operations keeps its own; their numbers were counted tensor by tensor and agree with what
 training keeps. `model.layer_spec: auto` is planned as Transformer Engine's, which a GPU cluster has.
 
 The bubble is (p - 1) / (v m) of the time of the m micro-batches, for p stages of v chunks (Narayanan et al. 2021,

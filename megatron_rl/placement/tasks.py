@@ -1,10 +1,10 @@
-"""Who does what among the tasks of a job: the training ranks first, then the engines with processes of their own.
+"""The tasks of a job: the training ranks first, then the engines with processes of their own.
 
     2 ranks and 2 engines of 2 slots, on nodes of 2 and 4 tasks:
 
     node   0 0 | 1 1 1 1
     task   0 1 | 2 3 4 5
-    does   r r | E e E e      E starts its engine and keeps it alive; e only lends its slot, a GPU, to it
+    does   r r | E e E e      E starts its engine's server and restarts it; e only provides its slot, a GPU
 
 Tasks are numbered along the nodes, so whole nodes of either kind are a matter of their sizes. An engine lies within one
 node. Engines inside the training ranks have no tasks. Arithmetic alone, for job scripts, launchers and the tasks

@@ -1,7 +1,7 @@
 """Charts as inline SVG, drawn in Python: what the report needs and no more.
 
 Colours are CSS classes (`c0`, `c1`, ...), so that the page decides them, for light and dark. The numbers of a chart are
-in its `data-points` attribute for the page's script, which shows them under the pointer; see `report_page`.
+in its `data-points` attribute for the page's script, which shows them under the pointer; see `page`.
 
 Coordinates are in the drawing's own units, x to the right and y down, as SVG has them.
 """
@@ -55,7 +55,7 @@ def line_chart(
         series: the curves; together they have at least one finite number.
         unit: how numbers are written; "percent" shows a fraction times 100.
         unit_name: written after the title.
-        scale: of the values; see `chart_scales.choose_scale`.
+        scale: of the values; see `scales.choose_scale`.
         from_zero: a linear scale includes 0.
     """
     middles, drawn = downsample(steps, series, MAX_POINTS)

@@ -3,7 +3,7 @@
     config.yaml, metrics.jsonl, rollouts/, logs/versions.json  ->  `write_report`  ->  report.html
 
 It reads files and nothing else, so it also works on a run that is still going or that died, on a machine without torch.
-This file decides what is said; `report_charts` draws, `report_page` writes the HTML.
+This file decides what is said; `metric_charts` draws, `page` writes the HTML.
 """
 
 import json
@@ -18,8 +18,7 @@ from megatron_rl.report.metric_charts import Rows, chart_sections, evaluated_set
 from megatron_rl.report.page import Headline, Page, page_html
 from megatron_rl.report.scales import is_number
 from megatron_rl.runs.directory import RunDirectory, write_atomically
-from megatron_rl.runs.metrics_log import read_metrics
-from megatron_rl.runs.record import read_rollouts, rollout_steps
+from megatron_rl.runs.logs import read_metrics, read_rollouts, rollout_steps
 
 SAMPLES_PER_STEP = 4
 """Completions shown of each of the first, middle and last logged steps: the first ones of the file, not chosen ones."""

@@ -1,4 +1,4 @@
-r"""Rewards for the right answer: 1.0 or 0.0.
+r"""Rewards for the right answer, and for the right form: 1.0 or 0.0.
 
 Numbers are compared exactly, as fractions: 3 = 3.0 = 6/2, 0.1 = 1/10, 1,234 = 1234. What counts as the model's answer
 is one rule per place where models are taught to write it:
@@ -11,6 +11,8 @@ is one rule per place where models are taught to write it:
 
 A mark must hold exactly one number, units and words aside: '#### 18 or 20' is a hedge, not an answer. Text comes from a
 model and may be anything, so every rule takes time linear in it, or nearly, and no rule evaluates what it reads.
+
+A form must be there exactly once and in its place, so that it cannot be earned by repeating its marks.
 """
 
 import re
@@ -31,6 +33,9 @@ _NUMBER = re.compile(
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", re.ASCII)
 _MINUS = "\u2212"
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+HASH = "####"
 
 Marked = tuple[int, str]
 """Where a mark stands, and what it holds."""
@@ -152,3 +157,25 @@ EXTRACTIONS: dict[str, Callable[[str], Fraction | None]] = {
     "boxed": _from_mark(_in_box),
     "answer_tag": _from_mark(_in_tag),
 }
+
+
+def think_format(*, prompt: str, completion: str) -> float:
+    """1.0 for '<think>', a thought, '</think>', an answer: each mark once, nothing before them, no part empty.
+
+    Where the prompt ends in '<think>' (some chat templates open the thought themselves), the completion must begin
+    inside it. The marks are looked for in the text, so they must not be special tokens, which the text leaves out.
+    """
+    text = THINK_OPEN + completion if prompt.rstrip().endswith(THINK_OPEN) else completion
+    text = text.strip()
+    if text.count(THINK_OPEN) != 1 or text.count(THINK_CLOSE) != 1 or not text.startswith(THINK_OPEN):
+        return 0.0
+    thought, _, answer = text.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
+    return float(bool(thought.strip()) and bool(answer.strip()))
+
+
+def final_answer_format(*, completion: str) -> float:
+    """1.0 if the last line is '#### n' with a number n alone, and '####' stands nowhere else."""
+    last_line = completion.rstrip().rpartition("\n")[2]
+    if completion.count(HASH) != 1 or not last_line.startswith(HASH + " "):
+        return 0.0
+    return float(is_number(last_line.removeprefix(HASH + " ")))

@@ -1,9 +1,4 @@
-"""From completions to samples: every reward function on every completion.
-
-A reward that fails stops the run with the sample's place in the data, since a silent 0 would be trained on. One that
-hangs or eats memory, in a pool, loses its sample alone, which is counted.
-
-From a run's `rewards` settings to functions that can be called.
+"""Reward functions: from a run's `rewards` settings to functions, and from completions to scored samples.
 
 A reward is a plain function of keywords, called once per sample:
 
@@ -16,6 +11,9 @@ It names what it wants of these five, and gets no more; one with **kwargs gets a
     prompt, completion   text as the model saw and wrote it, without special tokens in the completion
     answer, row          the reference answer, and the whole row of the data file
     finish_reason        'stop' or 'length'
+
+A reward that fails stops the run with the sample's place in the data, since a silent 0 would be trained on. One that
+hangs or eats memory, in a pool, loses its sample alone, which is counted.
 """
 
 import math
@@ -28,8 +26,7 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.functions import bind, cause, find_function
 from megatron_rl.config.schema import RewardsConfig
 from megatron_rl.data.samples import Completion, Prompt, Sample
-from megatron_rl.rewards.answers import exact_match, numeric_answer
-from megatron_rl.rewards.formats import final_answer_format, think_format
+from megatron_rl.rewards.answers import exact_match, final_answer_format, numeric_answer, think_format
 from megatron_rl.rewards.pool import Outcome, RewardPool
 
 SAMPLE_KEYWORDS = ("prompt", "completion", "answer", "row", "finish_reason")

@@ -1,7 +1,7 @@
-"""How an engine's server is asked: an address, and the token that it wants to see.
+"""How an engine's server is reached: host, port and token, and HTTP requests to it.
 
-The token is drawn for one start of one server. It travels in the environment of the server's process or in a file that
-only its owner can read, and in no command line.
+The token is drawn for one start of one server. It is passed in the environment of the server's process or in a file
+that only its owner can read, and in no command line.
 """
 
 import http.client
@@ -20,7 +20,7 @@ class EngineLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Address:
-    """Of one start of a server."""
+    """The address of one start of a server."""
 
     host: str
     port: int

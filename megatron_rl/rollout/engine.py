@@ -26,7 +26,7 @@ from megatron_rl.config.schema import QuantizedFormat
 from megatron_rl.data.samples import Completion, Prompt
 from megatron_rl.models.batch_invariance import make_room_for_vllm
 from megatron_rl.models.capabilities import capabilities
-from megatron_rl.rollout.isolation import guest, random_states_kept
+from megatron_rl.rollout.isolation import isolated, random_states_kept
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
 from megatron_rl.weights.plan.rank_plan import EngineShard
 from megatron_rl.weights.transport.exchange import Loader, OnFilled
@@ -89,7 +89,7 @@ class RolloutEngine:
         if batch_invariant:
             os.environ["VLLM_BATCH_INVARIANT"] = "1"
             make_room_for_vllm(capabilities().compute_capability)
-        with guest():
+        with isolated():
             from megatron_rl.rollout import llm
 
             self._llm = llm
@@ -113,7 +113,7 @@ class RolloutEngine:
         self._tokenizer = self._engine.get_tokenizer()
         # Left in place it would destroy the caller's process groups when the engine is collected.
         self._engine.engine_core._finalizer.detach()
-        # On a CPU vLLM compiles a function of its sampler (2 s, and a C++ compiler) even where it is told to be eager.
+        # On a CPU vLLM compiles a function of its sampler (2 s, and a C++ compiler) even with enforce_eager.
         self._interpreted = llm.ON_CPU and enforce_eager
 
     def generate(

@@ -1,4 +1,4 @@
-"""An engine's server that another task of the job keeps, on its own node: how the two find each other, through files.
+"""Servers that other tasks of a job host on their own nodes: host and rank find each other through files.
 
     <folder>/engine_N.json   where start K of the server listens, and its token; only its owner can read it
     <folder>/engine_N.lost   K: the rank that drives the engine has found start K dead or frozen
@@ -65,12 +65,12 @@ def host_engine(number: int, folder: Path, start: Callable[[], EngineServer]) ->
 
 def end_hosts(folder: Path) -> None:
     """Tell all hosts that the ranks have ended."""
-    with contextlib.suppress(OSError):  # then the job's end tells them
+    with contextlib.suppress(OSError):  # then they end with the job
         (folder / _ENDED).touch(mode=0o600)
 
 
 class HostedServer:
-    """The hold of a rank on a server that a host keeps."""
+    """A rank's client of a server that a host runs."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class HostedServer:
             if time.monotonic() > deadline:
                 raise EngineLost(
                     f"engine {self._number}: its host has not started it within {self._wait_seconds:.0f} s; "
-                    f"{self._files.address} does not tell of start {start}"
+                    f"{self._files.address} does not have start {start}"
                 )
             self._on_progress()
             time.sleep(_POLL_SECONDS)
@@ -132,10 +132,10 @@ class _Files:
 
     def published(self) -> tuple[int, Address] | None:
         try:
-            told = json.loads(self.address.read_text())
+            published = json.loads(self.address.read_text())
         except FileNotFoundError:
             return None
-        return told.pop("start"), Address(**told)
+        return published.pop("start"), Address(**published)
 
     def lose(self, start: int) -> None:
         _write_privately(self.lost, str(start))

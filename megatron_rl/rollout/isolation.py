@@ -1,4 +1,4 @@
-"""vLLM as a guest in a training process: it is quiet, and the process is afterwards as it was before.
+"""vLLM inside a training process without side effects: no log lines, and the process's global state is restored.
 
 Started as its own program, vLLM may reseed the global random generators, replace `torch.set_num_threads`, preload
 libraries into every child through LD_PRELOAD, freeze the garbage collector's heap, put stand-ins for CUDA's streams
@@ -26,7 +26,7 @@ _TORCH_CUDA_NAMES = ("Event", "Stream", "current_stream", "stream")
 
 
 @contextmanager
-def guest() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """Import vLLM and start its engine in here.
 
     Restores on exit: the random states, `torch.set_num_threads` and the number of threads, torch's default dtype,

@@ -1,6 +1,6 @@
 """The vLLM side of the engine: its arguments, its executor, its request parameters.
 
-Importing this module imports vLLM: 4 s, and side effects. It is first imported inside `isolation.guest`.
+Importing this module imports vLLM: 4 s, and side effects. It is first imported inside `isolation.isolated`.
 """
 
 import difflib

@@ -1,13 +1,16 @@
 """An engine in processes of its own, with the methods of `RolloutEngine`.
 
-A synchronisation, which every trained rank takes part in:
+`RemoteEngine` is the client of a vLLM server, `NoEngine` stands for it on ranks that drive none, and
+`server_arguments` turns a configuration into the server's command line. In a weight sync, in which all trained ranks
+take part, the rank that drives the engine does:
 
-    driver        pause -> ask the workers to load -> (all ranks send) -> name the version -> resume
-    on a failure  the engine stays paused or is ended, so none with a mixture of versions serves; it is started again
-                  and gets the current version, by another round of the same
+    pause -> ask the workers to load -> (all ranks send) -> set the version -> resume
 
-`update_mode` says what becomes of requests in flight: `keep` goes on with the new weights, their keys and values
-computed anew; `wait` finishes them first; `abort` ends them. A completion bears the oldest version with a part in it.
+On a failure the engine stays paused or is ended, so that no engine with a mixture of versions serves; it is restarted
+and gets the current version in another round.
+
+`update_mode` says what happens to requests in flight: `keep` continues them with the new weights and recomputes their
+KV cache; `wait` finishes them first; `abort` ends them. A completion's weight version is the oldest that made a part.
 """
 
 import json
@@ -25,9 +28,8 @@ from megatron_rl.rollout.address import EngineLost
 from megatron_rl.rollout.hosting import HostedServer
 from megatron_rl.rollout.sampling import RolloutError, Sampling, sample_seed
 from megatron_rl.rollout.server import EngineServer
-from megatron_rl.rollout.server_features import names_weight_versions, opens_token_door_on_request
-from megatron_rl.weights.plan.rank_plan import Orders
-from megatron_rl.weights.transport.sockets import Door
+from megatron_rl.weights.plan.rank_plan import RankPlan
+from megatron_rl.weights.transport.sockets import Endpoint
 
 _CONTROL_SECONDS = 60.0
 _HEALTH_SECONDS = 10.0
@@ -39,7 +41,7 @@ _GENERATED = re.compile(r"^vllm:generation_tokens_total(?:\{[^}]*\})? ([0-9.e+]+
 
 
 class NoEngine:
-    """What a rank has that drives none. `folder`: see `RemoteEngine`."""
+    """The engine of a rank that drives none. `folder`: see `RemoteEngine`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,7 +59,7 @@ class NoEngine:
 
 
 class RemoteEngine:
-    """The rank's hold on an engine that has a server."""
+    """A rank's client of an engine that runs in a server."""
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class RemoteEngine:
         server: answers; its model's weights are version 0.
         folder: where weights pass through, shared with the trained ranks.
         decode: token ids to text.
-        max_model_len: longest prompt + completion, tokens; as the server was told.
+        max_model_len: longest prompt + completion, tokens; as in the server's arguments.
         update_mode: 'keep', 'wait' or 'abort'.
         request_seconds: limit of one request.
         stall_seconds: longest time in which a server that has requests generates no token.
@@ -104,35 +106,35 @@ class RemoteEngine:
         self.server.restart(on_progress)
         self._is_stalled = False
 
-    def give_orders(self, orders: dict[int, Orders], *, max_changed: float) -> dict[int, Door]:
-        """Tell each rank of the engine what synchronisations bring; once for each start of the server.
+    def set_rank_plans(self, rank_plans: dict[int, RankPlan], *, max_changed: float) -> dict[int, Endpoint]:
+        """Give each rank of the engine its rank plan; once for each start of the server.
 
         Args:
-            orders: by rank in the plan; those of an engine are consecutive.
+            rank_plans: by rank of the shard plan; an engine's ranks are consecutive.
             max_changed: see `Exchange`.
 
         Returns:
-            Where the ranks listen to trained ranks.
+            The endpoint of each rank.
 
         Raises:
             EngineLost: the engine does not answer.
         """
         address = self.server.address
         request = {
-            "orders": {str(rank): of_rank.to_text() for rank, of_rank in orders.items()},
-            "first_rank": min(orders),
+            "rank_plans": {str(rank): rank_plan.to_text() for rank, rank_plan in rank_plans.items()},
+            "first_rank": min(rank_plans),
             "host": address.host,
             "max_changed": max_changed,
         }
-        workers = self._ask_workers("receive_orders", request, _CONTROL_SECONDS)
-        return {worker["rank"]: Door(address.host, worker["port"], address.token) for worker in workers}
+        workers = self._ask_workers("set_rank_plan", request, _CONTROL_SECONDS)
+        return {worker["rank"]: Endpoint(address.host, worker["port"], address.token) for worker in workers}
 
-    def load(self, name: str, way: dict[str, Any], *, version: int, verify: str, timeout_seconds: float) -> None:
+    def load(self, name: str, transport: dict[str, Any], *, version: int, verify: str, timeout_seconds: float) -> None:
         """Load one version that the trained ranks send, and resume.
 
         Args:
             name: of the round, used once.
-            way: that the messages take, for the workers; see `sync/transports.py`.
+            transport: from `Sender.begin` of `sync/transports.py`; the workers open their side with it.
             version: of the weights.
             verify: see `SyncConfig`.
             timeout_seconds: limit of each wait of the ranks.
@@ -144,7 +146,7 @@ class RemoteEngine:
         address.post("/pause", mode=self._update_mode, clear_cache="true", timeout_seconds=self._pause_seconds())
         request = {
             "round": name,
-            "way": way,
+            "transport": transport,
             "version": version,
             "verify": verify,
             "timeout_seconds": timeout_seconds,
@@ -153,8 +155,7 @@ class RemoteEngine:
         errors = [worker["error"] for worker in workers if "error" in worker]
         if errors:
             raise EngineLost(errors[0])
-        if names_weight_versions():
-            address.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=_CONTROL_SECONDS)
+        address.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=_CONTROL_SECONDS)
         address.post("/reset_prefix_cache", reset_running_requests="true", timeout_seconds=_CONTROL_SECONDS)
         address.post("/resume", timeout_seconds=_CONTROL_SECONDS)
         self.weight_version = version
@@ -299,9 +300,8 @@ def server_arguments(rollout: RolloutConfig, *, dtype: str, seed: int, max_model
         "max_num_seqs": rollout.max_num_seqs,
         "seed": seed,
         "enforce_eager": rollout.enforce_eager,
+        "enable_scale_out": True,  # opens /inference/v1/generate, which takes and gives token ids
     }
-    if opens_token_door_on_request():
-        chosen["enable_scale_out"] = True
     if HAS_CUDA:
         chosen["gpu_memory_utilization"] = rollout.gpu_memory_utilization
     else:

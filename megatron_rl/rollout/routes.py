@@ -33,7 +33,7 @@ class RouteRecorder:
         """Listen to the routers of vLLM's worker of this rank from now on; to be called through `collective_rpc`.
 
         Raises:
-            RolloutError: the model has no experts, or the kernel of its experts chooses them by itself.
+            RolloutError: the model has no experts, or the kernel of its experts does not report its choices.
         """
         self._runner = worker.model_runner
         self._of_step: dict[int, Tensor] = {}
@@ -45,7 +45,7 @@ class RouteRecorder:
         for layer in layers:
             if layer._quant_method.is_monolithic or not isinstance(layer.router, BaseRouter):
                 kernel = type(layer._quant_method).__name__
-                raise RolloutError(f"rollout.record_routes: experts in vLLM's {kernel} do not tell their routes")
+                raise RolloutError(f"rollout.record_routes: experts in vLLM's {kernel} do not report their routes")
             layer.router.set_capture_fn(partial(self._of_step.__setitem__, int(layer.layer_id)))
         self._forward = self._runner._model_forward
         self._runner._model_forward = self._recording_forward

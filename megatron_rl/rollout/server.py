@@ -1,13 +1,11 @@
-"""vLLM's server as a process of its own: started, watched, started again and ended by the process that keeps it.
+"""vLLM servers as child processes: `EngineServer` (started, watched, restarted, ended) and `RewardServer` (scores).
 
-It listens on one address of this machine and answers only requests with the token that was drawn for it (`door.py`).
-Slurm tells every process of a job to stop, and the ranks then finish their step, for which they need the engine: so the
-server is deaf to those signals, and ends when its keeper says so or is gone.
+A server listens on one address of this machine and answers only requests with the token that was drawn for this start
+(`server_guard.py`). Slurm sends its stop signal to every process of a job, and ranks need the engine to finish their
+step: so the server blocks these signals, and ends when its parent ends it or has died.
 
-A reward model in a vLLM server: token ids in, scores out.
-
-vLLM serves a *ForSequenceClassification or *ForTokenClassification of one label with its pooling runner. Its weights
-stay as they are, so the server needs none of the doors through which a policy's pass.
+`RewardServer` is a reward model in such a server: token ids in, scores out. It serves a *ForSequenceClassification or
+*ForTokenClassification of one label with vLLM's pooling runner. Its weights never change, so no weights are sent to it.
 """
 
 import contextlib
@@ -26,7 +24,7 @@ from megatron_rl.rollout.address import LOOPBACK, Address, EngineLost, free_port
 from megatron_rl.rollout.server_guard import PARENT_VARIABLE, TOKEN_VARIABLE, remove, segments_of
 
 _MIDDLEWARE = "megatron_rl.rollout.server_guard.RequireToken"
-_WORKER_EXTENSION = "megatron_rl.rollout.worker_extension.WeightDoors"
+_WORKER_EXTENSION = "megatron_rl.rollout.worker_extension.WeightSyncExtension"
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING")
 _POLL_SECONDS = 0.1
 
@@ -145,7 +143,7 @@ _SEQUENCES = 1024
 
 
 class RewardServer:
-    """The server, and this rank's hold on it."""
+    """A reward model's server, and this rank's client of it."""
 
     def __init__(
         self, model_path: str, arguments: Sequence[str], *, per_token: bool, log: Path, start_seconds: float = 600.0

@@ -1,12 +1,14 @@
-"""The lock on an engine server's doors, and its end with the process that started it.
+"""What runs inside an engine's server process beside vLLM: the token check, and the end of the server.
 
-vLLM asks for its own API key only where completions are made; the doors that pause, rewrite weights or call methods
-answer anyone. This middleware stands before all of them. Imported inside the server; needs neither vLLM nor torch.
+`RequireToken` is middleware before every HTTP endpoint. vLLM asks for its own API key only where completions are made;
+the endpoints that pause the engine, replace weights or call methods answer anyone. It also ends the server when the
+process that started it has died.
 
-Shared memory of a process group that is to be killed: what only its own exit would have removed.
+`segments_of` and `remove` clean up the shared memory of a process group that is killed. vLLM's workers share segments
+and semaphores in /dev/shm, which only their own regular exit removes. A server is ended with SIGKILL, so without this
+a run that restarts engines would fill the memory of its node.
 
-vLLM's workers talk through segments and semaphores in /dev/shm, each removed by the process that made it. A server is
-ended with SIGKILL, which removes nothing, and so a run that restarts engines would fill the memory of its node.
+Needs neither vLLM nor torch.
 """
 
 import contextlib
@@ -56,7 +58,7 @@ _Send = Callable[[_Message], Awaitable[None]]
 
 
 class RequireToken:
-    """ASGI middleware: every request bears the job's token, or is answered 401."""
+    """ASGI middleware: a request without the server's token is answered 401."""
 
     def __init__(self, app: Callable[[_Message, _Receive, _Send], Awaitable[None]]) -> None:
         self.app = app

@@ -1,28 +1,24 @@
-"""New weights into a running vLLM model, exactly: the model afterwards equals one loaded from those weights.
+"""New weights into a running vLLM model, exactly: the model afterwards equals one that was loaded with them.
 
-vLLM's layerwise reload puts the parameters on the meta device, lets the model's own loader fill one layer after
-another, and packs each for its kernels as after the first load. On a CPU it leaves behind, without an error:
+`reload_weights` takes whole Hugging Face tensors; `ShardLoader` and `load_shards` take slices of a weight sync.
+
+vLLM prepares weights for its kernels and, on a CPU, drops the originals. Its layerwise reload puts the parameters on
+the meta device, fills one layer after another, and prepares each as after the first load. On a CPU it leaves behind,
+without an error:
 
     tied output weights     packed from the old embedding, which the reload replaces later
     mixture-of-experts      new weights unpacked, in a tensor that the kernel reads as packed
     GPT-OSS                 experts and sinks unchanged: their loader copies into a tensor on the meta device
     a missing tensor        the old values, with a warning; a missing third of a fused q/k/v, without
 
-`reload_weights` repairs the first three and refuses the last. That nothing else was forgotten is for the caller to
-prove by comparing log-probs: packed weights have no bytes to take a checksum of.
+`reload_weights` repairs the first three and refuses the last. Whether anything else was missed the caller finds out by
+comparing log-probs: packed weights have no bytes to take a checksum of.
 
-Importing this module imports vLLM; see `isolation`.
+`ShardLoader` allocates each layer's memory with its first slice, fills it in place, and has it prepared as soon as its
+last element has come, so that one layer at a time exists twice. A parameter with an element missing or written twice is
+an error that names it; the model is then unusable.
 
-Trained slices straight into the parameters of a running vLLM worker, fused and sharded as they are.
-
-vLLM prepares weights for its kernels and, on a CPU, drops what they were prepared from. Its layerwise reload brings the
-parameters back, first without memory. Here each layer gets its memory with its first slice, is filled in place, and is
-prepared as soon as its last element has come, so that one layer at a time exists twice. `reload.py` does the same from
-whole Hugging Face tensors, and says what vLLM forgets on a CPU; the cures are its own.
-
-A parameter that got an element too few, or one twice, is an error that names it; the model is then unusable.
-
-Importing this module imports vLLM; see `isolation`.
+Importing this module imports vLLM; see `isolation.py`.
 """
 
 from collections import Counter
@@ -84,7 +80,7 @@ def reload_weights(worker: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> 
 
 
 def each_once(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors; RuntimeError for a name that comes again, which vLLM would read without a word."""
+    """The same tensors; RuntimeError for a name that comes again, which vLLM would read without an error."""
     seen: set[str] = set()
     for name, tensor in named_tensors:
         if name in seen:
@@ -200,7 +196,7 @@ class ShardLoader:
 
     def write(self, piece: Slice, values: Tensor, expected: int | None) -> None:
         """Copy a slice to its place."""
-        self._target(piece.target)[piece.block.target_box].copy_(values)
+        self._target(piece.target)[piece.block.target_index].copy_(values)
         if expected is not None:
             self._expected[piece.target] = add(self._expected.get(piece.target, 0), expected)
         self._missing[piece.target] -= piece.block.numel
@@ -289,7 +285,7 @@ def _shape(module: nn.Module | None, parameter: str) -> tuple[int, ...] | None:
 def _parameters(modules: Mapping[str, nn.Module]) -> set[str]:
     """Names of what a checkpoint brings: shared parameters once, and not those that vLLM makes from others.
 
-    Of a layer that an earlier, failed loading has left on the meta device, the kept tensors tell what is shared.
+    Of a layer that an earlier, failed loading has left on the meta device, the kept tensors say what is shared.
     """
     seen: set[int] = set()
     names: set[str] = set()

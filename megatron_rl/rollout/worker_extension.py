@@ -1,6 +1,10 @@
-"""What a vLLM worker of a server of its own can be asked to do, over vLLM's `/collective_rpc`.
+"""The worker extension of an engine's server: the methods that trained ranks call in vLLM's workers to sync weights.
 
-vLLM adds the class to its worker (`--worker-extension-cls`). A request brings only strings, answers are JSON.
+vLLM adds `WeightSyncExtension` to its worker class (`--worker-extension-cls`); `RemoteEngine` calls its methods over
+vLLM's `/collective_rpc`. A request carries one string of JSON; answers are JSON.
+
+    set_rank_plan         once for each start of the server: which slices will come from which ranks; opens a listener
+    load_trained_shards   once for each round: receive one version and load it
 """
 
 import json
@@ -16,7 +20,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_rl.rollout.server_guard import TOKEN_VARIABLE
 from megatron_rl.rollout.weight_loading import load_shards
-from megatron_rl.weights.plan.rank_plan import Orders
+from megatron_rl.weights.plan.rank_plan import RankPlan
 from megatron_rl.weights.transport.exchange import Exchange, Loader, OnFilled, verified
 from megatron_rl.weights.transport.folder import FolderTransport
 from megatron_rl.weights.transport.messages import TransferError
@@ -28,29 +32,29 @@ _Transport = FolderTransport | SocketTransport | ProcessGroupTransport
 
 @dataclass
 class _Receiver:
-    """What a worker keeps between synchronisations."""
+    """The receiving side of a worker, kept from one synchronisation to the next."""
 
     rank: int
-    orders: Orders
+    rank_plan: RankPlan
     exchange: Exchange
     listener: Listener
     mapped: dict[str, Tensor] = field(default_factory=dict)
     group: tuple[str, ProcessGroup] | None = None
 
-    def transport(self, told: dict[str, Any], device: torch.device) -> _Transport:
-        """To the trained ranks, for one round."""
-        limit, way = told["timeout_seconds"], told["way"]
-        if "folder" in way:
-            return FolderTransport(Path(way["folder"]), self.rank, timeout_seconds=limit, mapped=self.mapped)
-        if "group" in way:
-            of, timeout = way["group"], timedelta(seconds=limit)
+    def transport(self, request: dict[str, Any], device: torch.device) -> _Transport:
+        """The transport from the trained ranks, for one round. `request`: that of `load_trained_shards`."""
+        limit, transport = request["timeout_seconds"], request["transport"]
+        if "folder" in transport:
+            return FolderTransport(Path(transport["folder"]), self.rank, timeout_seconds=limit, mapped=self.mapped)
+        if "group" in transport:
+            of, timeout = transport["group"], timedelta(seconds=limit)
             if self.group is None or self.group[0] != of["name"]:
                 place = (of["host"], of["port"], of["name"])
                 group = join(*place, rank=self.rank, size=of["size"], timeout=timeout, device=device)
                 self.group = (of["name"], group)
             return ProcessGroupTransport(self.group[1], timeout=timeout, device=device)
-        token, name = os.environ[TOKEN_VARIABLE], told["round"]
-        senders = self.orders.senders
+        token, name = os.environ[TOKEN_VARIABLE], request["round"]
+        senders = self.rank_plan.senders
         return self.listener.accept(senders, rank=self.rank, round=name, token=token, timeout_seconds=limit)
 
 
@@ -58,27 +62,27 @@ _receiver: list[_Receiver] = []
 """The one of this process, once there is one."""
 
 
-class WeightDoors:
-    """Methods of the worker."""
+class WeightSyncExtension:
+    """Methods that vLLM adds to its worker."""
 
     on_filled: OnFilled | None = None
-    """See `shard_loading.ShardLoader`."""
+    """See `weight_loading.ShardLoader`."""
 
-    def receive_orders(self, request: str) -> dict[str, Any]:
-        """Learn what synchronisations will bring.
+    def set_rank_plan(self, request: str) -> dict[str, Any]:
+        """Take this worker's rank plan, by which every later synchronisation goes.
 
         Args:
-            request: JSON of `RemoteEngine.give_orders`.
+            request: JSON of `RemoteEngine.set_rank_plans`.
 
         Returns:
             {"rank", "port"}: of this worker in the plan, and where it listens to trained ranks.
         """
-        told = json.loads(request)
-        rank = told["first_rank"] + self.rank  # type: ignore[attr-defined]
-        orders = Orders.from_text(told["orders"][str(rank)])
-        exchange = Exchange(orders, max_changed=told["max_changed"])
-        listener = _receiver.pop().listener if _receiver else Listener(told["host"])
-        _receiver.append(_Receiver(rank, orders, exchange, listener))
+        given = json.loads(request)
+        rank = given["first_rank"] + self.rank  # type: ignore[attr-defined]
+        rank_plan = RankPlan.from_text(given["rank_plans"][str(rank)])
+        exchange = Exchange(rank_plan, max_changed=given["max_changed"])
+        listener = _receiver.pop().listener if _receiver else Listener(given["host"])
+        _receiver.append(_Receiver(rank, rank_plan, exchange, listener))
         return {"rank": rank, "port": listener.port}
 
     def load_trained_shards(self, request: str) -> dict[str, Any]:
@@ -90,17 +94,17 @@ class WeightDoors:
         Returns:
             {"rank"} if it is loaded, else {"rank", "error"}: the engine has no usable weights then.
         """
-        told, (receiver,) = json.loads(request), _receiver
+        given, (receiver,) = json.loads(request), _receiver
         transport: _Transport | None = None
         try:
-            transport = receiver.transport(told, self.device)  # type: ignore[attr-defined]
+            transport = receiver.transport(given, self.device)  # type: ignore[attr-defined]
             messages = transport
 
             def feed(loader: Loader) -> None:
-                check = verified(told["verify"], told["version"])
-                receiver.exchange.run({}, loader, messages, version=told["version"], verify=check)
+                check = verified(given["verify"], given["version"])
+                receiver.exchange.run({}, loader, messages, version=given["version"], verify=check)
 
-            load_shards(self, receiver.orders.shard, feed, self.on_filled)
+            load_shards(self, receiver.rank_plan.shard, feed, self.on_filled)
         except TransferError as error:
             if transport is not None:
                 transport.fail(f"rank {receiver.rank}: {error}")

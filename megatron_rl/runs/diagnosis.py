@@ -1,10 +1,8 @@
 """What happened to a run, from its folder alone: for one that is dead or hangs, on any machine, without torch.
 
-Who waits for whom: what each rank said last, put together.
-
 Every rank writes where it is into `logs/ranks/rank_N.json` (see `watchdog`). From these alone follows which ranks are
-silent, which wait, and for whom; a run that hangs says it itself, and `megatron-rl doctor` says it of a run that is
-dead. Nothing here imports torch.
+silent, which wait, and for whom: the hang report. A run that hangs writes it itself, and `megatron-rl doctor` gives it
+for a run that is dead (`diagnosis`).
 """
 
 import json
@@ -17,7 +15,7 @@ from pathlib import Path
 
 from megatron_rl.config.load import load_config
 from megatron_rl.runs.directory import RunDirectory, write_atomically
-from megatron_rl.runs.metrics_log import read_metrics
+from megatron_rl.runs.logs import read_metrics
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def read_states(folder: Path) -> list[RankState]:
     return sorted(states, key=lambda state: state.rank)
 
 
-def verdict(states: Sequence[RankState], *, now: float | None = None) -> str:
+def hang_report(states: Sequence[RankState], *, now: float | None = None) -> str:
     """One line: which ranks wait for which, in what.
 
     In the order of certainty: ranks that are silent; ranks that wait in no collective; ranks that have entered fewer
@@ -89,23 +87,23 @@ def verdict(states: Sequence[RankState], *, now: float | None = None) -> str:
             f"{_ranks(silent)} silent for {first.silent_for(now):.0f} s (process {first.pid} on {first.host}, "
             f"last in {_where(first)}): stopped, dead, or its node is gone"
         )
-        culprits = silent
+        waited_for = silent
     elif waiting and busy:
         what = f"{_ranks(busy)} in {_where(busy[0])} for {now - busy[0].phase_since:.0f} s"
-        culprits = busy
+        waited_for = busy
     elif not waiting:
         longest = max(busy, key=lambda state: now - state.phase_since)
         return f"{_ranks([longest])} in {_where(longest)} for {now - longest.phase_since:.0f} s, over its limit"
     elif fewest < most and len({state.place for state in waiting}) > 1:
-        culprits = [state for state in waiting if state.collectives == fewest]
-        what = f"{_ranks(culprits)} in another collective, {_where(culprits[0])}"
+        waited_for = [state for state in waiting if state.collectives == fewest]
+        what = f"{_ranks(waited_for)} in another collective, {_where(waited_for[0])}"
     elif len({state.place for state in waiting}) > 1:
-        culprits = [state for state in waiting if state.place != waiting[0].place]
-        what = f"{_ranks(culprits)} in another collective, {_where(culprits[0])}"
+        waited_for = [state for state in waiting if state.place != waiting[0].place]
+        what = f"{_ranks(waited_for)} in another collective, {_where(waited_for[0])}"
     else:
         hosts = ", ".join(sorted({state.host for state in waiting}))
         return f"all ranks wait in {_where(waiting[0])}, and none is missing: suspect the network between {hosts}"
-    rest = [state for state in waiting if state not in culprits]
+    rest = [state for state in waiting if state not in waited_for]
     return f"{what}; {_ranks(rest, verb=('waits', 'wait'))} for it in {_where(rest[0])}" if rest else what
 
 
@@ -145,7 +143,7 @@ def diagnosis(run: RunDirectory, *, now: float | None = None) -> list[str]:
 
 
 def _condition(run: RunDirectory, states: Sequence[RankState], *, finished: bool, now: float) -> str:
-    alarm = run.hang_dir / "verdict.txt"
+    alarm = run.hang_dir / "hang_report.txt"
     failed = [state for state in states if state.ended not in (None, "done")]
     told = [state for state in failed if str(state.ended).startswith("Interrupted")]
     if alarm.exists():
@@ -164,8 +162,8 @@ def _condition(run: RunDirectory, states: Sequence[RankState], *, finished: bool
         return f"dead: no rank has said anything for {_age(now - last)}, and none said why; the same command goes on"
     silent = [state for state in states if state.silent_for(now) or not _is_alive(state)]
     if silent:
-        return f"hanging: {verdict(states, now=now)}"
-    return f"running: {verdict(states, now=now).removesuffix(', over its limit')}"
+        return f"hanging: {hang_report(states, now=now)}"
+    return f"running: {hang_report(states, now=now).removesuffix(', over its limit')}"
 
 
 def _is_alive(state: RankState) -> bool:

@@ -1,8 +1,8 @@
-"""The folder of a run: where every file of it is, in one place.
+"""The folder of a run: where every file of it is, and the lock by which one run at a time uses it.
 
     config.yaml          the resolved configuration
-    metrics.jsonl        one object per step; see `metrics_log`
-    rollouts/            step_0000010.jsonl: some completions of a step; see `rollout_log`
+    metrics.jsonl        one object per step; see `logs`
+    rollouts/            step_0000010.jsonl: some completions of a step; see `logs`
     checkpoints/         training state, in Megatron's layout
     hf/                  the policy as a Hugging Face checkpoint
     report.html          see `report`
@@ -10,12 +10,10 @@
                          ranks/: where each rank is; hang/: stacks, if it hung. See `watchdog`
     tensorboard/         the metrics once more, for TensorBoard
 
-Nothing here imports torch: `megatron-rl report` opens a run on any machine.
-
-One run in a folder at a time.
-
 The lock is the kernel's, on `<run>/.lock`: it ends with the process that holds it, however that ends. Its file says who
 that is. On network file systems it holds between machines; where a file system has no locks at all, none is taken.
+
+Nothing here imports torch: `megatron-rl report` opens a run on any machine.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Progress of a run on the terminal, or in its log file.
+"""Progress of a run on the terminal or in its log file, and how long each phase of a step took.
 
 On a terminal this is tqdm's bar. In a file (sbatch, a pipe) carriage returns would make one endless line, so there it
 prints plain lines, few enough to read: one for the first unit and the last, and between them one when ten seconds have
@@ -9,8 +9,6 @@ passed, or when another tenth of the work is done and a second has passed.
             with progress.nested(num_completions, "generate") as generation:
                 generation.update(8)
             progress.update(reward=0.51, loss=-0.02)
-
-How long each phase of a step took, and which one it is in.
 """
 
 import os

@@ -1,11 +1,11 @@
-"""A watchdog in every rank: nothing waits for ever, and what waits is named.
+"""A watchdog in every rank: a run that hangs is ended, and says which rank the others wait for.
 
 A thread of each rank looks every few seconds where the main thread is, and writes it to `logs/ranks/rank_N.json`. When
 a phase, or one wait for other ranks, has gone on for its limit without any progress, the rank that notices raises the
 alarm by making the folder `logs/hang`. Every rank that still can then writes the stacks of all its threads there; the
 one that raised it puts together who waits for whom, and all leave, with one line.
 
-    logs/hang/   verdict.txt   rank_N.txt (stacks)
+    logs/hang/   hang_report.txt (that line)   rank_N.txt (stacks)
 
 If even this thread cannot run (a call that keeps the interpreter's lock), faulthandler's own clock, which needs no
 interpreter, writes the stacks and ends the process.
@@ -26,7 +26,7 @@ import torch.distributed.distributed_c10d as c10d
 
 from megatron_rl.config.errors import EXIT_HANG
 from megatron_rl.config.schema import WatchdogConfig
-from megatron_rl.runs.diagnosis import RankState, read_states, verdict, write_state
+from megatron_rl.runs.diagnosis import RankState, hang_report, read_states, write_state
 from megatron_rl.runs.directory import RunDirectory
 from megatron_rl.runs.progress import PhaseTimer
 
@@ -121,7 +121,7 @@ class Watchdog:
         return None
 
     def _alarm(self, reason: str | None) -> None:
-        """Write this rank's stacks, learn or find the verdict, and end the process."""
+        """Write this rank's stacks, write or read the hang report, and end the process."""
         folder = self.run.hang_dir
         leads = False
         with contextlib.suppress(OSError):
@@ -130,30 +130,30 @@ class Watchdog:
                 leads = True
         with contextlib.suppress(OSError), (folder / f"rank_{self._state.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file=file, all_threads=True)
-        line = self._find_verdict(folder, reason) if leads else self._learn_verdict(folder)
+        line = self._write_hang_report(folder, reason) if leads else self._read_hang_report(folder)
         print(f"megatron-rl: {line}", file=sys.stderr, flush=True)
         os._exit(EXIT_HANG)  # the main thread cannot be made to return
 
-    def _find_verdict(self, folder: Path, reason: str | None) -> str:
+    def _write_hang_report(self, folder: Path, reason: str | None) -> str:
         time.sleep(2 * self.config.heartbeat_seconds + 1)  # the others see the alarm at their next look
         self._state = replace(self._state, time=time.time())
         self._write()
-        line = f"{verdict(read_states(self.run.ranks_dir))}; {reason}; stacks are in {folder}"
+        line = f"{hang_report(read_states(self.run.ranks_dir))}; {reason}; stacks are in {folder}"
         with contextlib.suppress(OSError):
-            partial = folder / ".verdict.partial"
+            partial = folder / ".hang_report.partial"
             partial.write_text(line + "\n")
-            partial.replace(folder / "verdict.txt")
+            partial.replace(folder / "hang_report.txt")
         return line
 
-    def _learn_verdict(self, folder: Path) -> str:
+    def _read_hang_report(self, folder: Path) -> str:
         deadline = time.monotonic() + 6 * self.config.heartbeat_seconds + 10
         while time.monotonic() < deadline:
             self._state = replace(self._state, time=time.time())
             self._write()
             with contextlib.suppress(OSError):
-                return (folder / "verdict.txt").read_text().strip()
+                return (folder / "hang_report.txt").read_text().strip()
             time.sleep(min(1.0, self.config.heartbeat_seconds))
-        return f"{verdict(read_states(self.run.ranks_dir))}; another rank raised the alarm; stacks are in {folder}"
+        return f"{hang_report(read_states(self.run.ranks_dir))}; another rank raised the alarm; stacks are in {folder}"
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # a full disk is the checkpoint's business

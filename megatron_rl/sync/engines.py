@@ -1,7 +1,7 @@
-"""Where this rank's engine is, and the engine of a task that has nothing else to do.
+"""Builds the engine of a rank from the configuration, and the engine of a task that only hosts one.
 
-colocated       inside the rank
-disaggregated   a server: of a rank on this machine, or, where the job has tasks for engines, of such a task
+colocated       an engine inside the rank
+disaggregated   a client of a server: a child of this rank, or, where the job has tasks for engines, of such a task
 """
 
 import atexit
@@ -56,7 +56,7 @@ def build_engine(
 
 
 def place_engine(config: Config, layout: Layout, groups: Groups, meeting: Meeting) -> Engine:
-    """This rank's engine, its part of one, or its hold on one in other processes; collective over the world.
+    """This rank's engine, its part of one, or its client of one in other processes; collective over the world.
 
     Args:
         config: validated.
@@ -78,7 +78,7 @@ def place_engine(config: Config, layout: Layout, groups: Groups, meeting: Meetin
 
 
 def keep_engine(config: Config, number: int, folder: Path, *, reached_from: str, first_slot: int) -> None:
-    """Be the task that keeps engine `number` of a job, until the ranks have ended.
+    """Run in the task that hosts engine `number` of a job, until the ranks have ended.
 
     Args:
         config: validated.
@@ -176,8 +176,8 @@ def _message_folder(config: Config, *, is_shared: bool) -> str:
 def _visible_devices() -> list[str]:
     if not HAS_CUDA:
         return []
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return told.split(",") if told else [str(number) for number in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _longest(config: Config) -> int:

@@ -1,10 +1,11 @@
-"""The ways that weights take from trained ranks to engines in processes of their own, seen from a trained rank.
+"""The sending side of a weight sync to engines in processes of their own: one sender class per `sync.transport`.
 
-    folder          messages are files that all sides see: shared memory on one machine
-    network         each sender connects to the doors of its receivers, by TCP
-    process_group   one group of all trained ranks and all engines' ranks, gloo's or NCCL's
+    FolderSender         folder: messages are files that both sides see, in shared memory on one machine
+    SocketSender         network: each sending rank connects to the endpoints of its receivers over TCP
+    ProcessGroupSender   process_group: one group of all trained ranks and all engine ranks, gloo or NCCL
 
-`rollout/worker_extension.py` is the other end: what a way tells engines comes to `_Receiver.transport` there.
+A sender lives as long as the run and opens one transport per round. `sender_of` chooses the class. What `begin` returns
+reaches the other side, `_Receiver.transport` in `rollout/worker_extension.py`, as JSON.
 """
 
 import os
@@ -27,14 +28,14 @@ from megatron_rl.rollout.remote import NoEngine, RemoteEngine
 from megatron_rl.weights.transport.exchange import Transport
 from megatron_rl.weights.transport.folder import FolderTransport
 from megatron_rl.weights.transport.process_group import ProcessGroupTransport, join
-from megatron_rl.weights.transport.sockets import Door, connect
+from megatron_rl.weights.transport.sockets import Endpoint, connect
 
 
-class OpenTransport(Transport, Protocol):
+class RoundTransport(Transport, Protocol):
     """A transport for one round."""
 
     def fail(self, reason: str) -> None:
-        """This rank has given up: peers that wait for it need not wait out their time limit."""
+        """This rank has failed: end the waits of its peers before their time limit."""
         ...
 
     def close(self) -> None:
@@ -42,15 +43,15 @@ class OpenTransport(Transport, Protocol):
         ...
 
 
-class Way(Protocol):
-    """One of the ways."""
+class Sender(Protocol):
+    """A trained rank's side of one transport, for all rounds."""
 
     def begin(self, name: str) -> dict[str, Any]:
-        """Prepare a round; what the engines are told of it, as JSON."""
+        """Prepare a round; what engines need to open their side, to be sent as JSON."""
         ...
 
-    def open(self, name: str, doors: Mapping[int, Door]) -> OpenTransport:
-        """This rank's transport of the round, to the doors of its receivers. Raises TransferError."""
+    def open(self, name: str, endpoints: Mapping[int, Endpoint]) -> RoundTransport:
+        """This rank's transport of the round, to the endpoints of its receivers. Raises TransferError."""
         ...
 
     def engine_lost(self, name: str, reason: str) -> None:
@@ -62,8 +63,8 @@ class Way(Protocol):
         ...
 
 
-class ByFolder:
-    """Messages are files."""
+class FolderSender:
+    """Messages are files in a folder."""
 
     def __init__(self, folder: Path, rank: int, timeout_seconds: float) -> None:
         self._folder, self._rank, self._timeout_seconds = folder, rank, timeout_seconds
@@ -74,7 +75,7 @@ class ByFolder:
             (self._folder / name).mkdir(parents=True)
         return {"folder": str(self._folder / name)}
 
-    def open(self, name: str, doors: Mapping[int, Door]) -> OpenTransport:
+    def open(self, name: str, endpoints: Mapping[int, Endpoint]) -> RoundTransport:
         folder, limit = self._folder / name, self._timeout_seconds
         return FolderTransport(folder, self._rank, timeout_seconds=limit, mapped=self._mapped)
 
@@ -86,8 +87,8 @@ class ByFolder:
             shutil.rmtree(self._folder / name)
 
 
-class ByNetwork:
-    """Senders connect to receivers."""
+class SocketSender:
+    """Messages go over TCP, from senders to receivers."""
 
     def __init__(self, rank: int, timeout_seconds: float) -> None:
         self._rank, self._timeout_seconds = rank, timeout_seconds
@@ -95,17 +96,17 @@ class ByNetwork:
     def begin(self, name: str) -> dict[str, Any]:
         return {}
 
-    def open(self, name: str, doors: Mapping[int, Door]) -> OpenTransport:
-        return connect(doors, rank=self._rank, round=name, timeout_seconds=self._timeout_seconds)
+    def open(self, name: str, endpoints: Mapping[int, Endpoint]) -> RoundTransport:
+        return connect(endpoints, rank=self._rank, round=name, timeout_seconds=self._timeout_seconds)
 
     def engine_lost(self, name: str, reason: str) -> None:
-        """Its connections are closed, or never come about."""
+        """Nothing to do: its connections are closed, or were never made."""
 
     def end(self, name: str, *, failed: bool) -> None:
-        """Nothing is left."""
+        """Nothing to do."""
 
 
-class ByGroup:
+class ProcessGroupSender:
     """One process group, made in the first round and again after one that has failed."""
 
     def __init__(self, world: ProcessGroup, num_engine_ranks: int, timeout_seconds: float) -> None:
@@ -130,7 +131,7 @@ class ByGroup:
         self._name = self._name or f"{self._token}/{name}"
         return {"group": {"host": self._host, "port": self._port, "name": self._name, "size": self._size}}
 
-    def open(self, name: str, doors: Mapping[int, Door]) -> OpenTransport:
+    def open(self, name: str, endpoints: Mapping[int, Endpoint]) -> RoundTransport:
         assert self._name is not None
         if self._group is None:
             self._group = join(
@@ -145,20 +146,21 @@ class ByGroup:
         return ProcessGroupTransport(self._group, timeout=self._timeout, device=this_device())
 
     def engine_lost(self, name: str, reason: str) -> None:
-        """Nothing: a peer of a group is waited for until the time limit."""
+        """Nothing to do: ranks of a group wait for a peer until the time limit."""
 
     def end(self, name: str, *, failed: bool) -> None:
         if failed:
             self._name = self._group = None
 
 
-def way_of(
+def sender_of(
     config: SyncConfig, engine: RemoteEngine | NoEngine, world: ProcessGroup, engine_ranks: Collection[int]
-) -> Way:
-    """The way that `sync.transport` chooses; collective.
+) -> Sender:
+    """The sender for `sync.transport`; collective.
 
-    auto: a folder where all ranks and engines are on one machine without GPUs, or where one is named; from GPU to GPU
-    a process group, but for changed elements alone, whose number only the network's messages can tell.
+    auto: a folder where `sync.folder` is set, or all ranks and engines are on one machine without GPUs; a process group
+    between GPUs, unless `sync.delta` is set: the length of a message of changes is known to its sender alone, and a
+    process group's receiver must know it. Else the network.
     """
     transport = config.transport
     if transport is SyncTransport.auto:
@@ -172,7 +174,7 @@ def way_of(
             near = on_one_machine or config.folder is not None
             transport = SyncTransport.folder if near else SyncTransport.network
     if transport is SyncTransport.process_group:
-        return ByGroup(world, len(engine_ranks), config.timeout_seconds)
+        return ProcessGroupSender(world, len(engine_ranks), config.timeout_seconds)
     if transport is SyncTransport.network:
-        return ByNetwork(world.rank(), config.timeout_seconds)
-    return ByFolder(engine.folder, world.rank(), config.timeout_seconds)
+        return SocketSender(world.rank(), config.timeout_seconds)
+    return FolderSender(engine.folder, world.rank(), config.timeout_seconds)

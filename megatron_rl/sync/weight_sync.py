@@ -1,7 +1,10 @@
-"""Policy to engines: send the weights with their version, and on demand prove that they arrived.
+"""Weight sync: the policy's weights to every engine, under a version, and on demand the proof that they arrived.
 
-`sync.verify` has two instruments. Checksums of each parameter, taken where it is sent and again in the engine's memory
-before vLLM prepares it for its kernels, see every bit; log-probs of probe prompts see what the engine then computes.
+`WeightSync` plans the copies once and carries them out for each version: inside the ranks for colocated engines, by
+`RemoteSync` for engines in processes of their own, as whole quantised tensors for engines with `rollout.quantization`.
+
+`sync.verify` takes checksums of each parameter, where it is sent and again in the engine's memory before vLLM prepares
+it for its kernels, which see every bit; and log-probs of probe prompts, which see what the engine then computes.
 """
 
 import time
@@ -10,7 +13,6 @@ from datetime import timedelta
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config.schema import QuantizedFormat, SyncConfig, SyncVerify
@@ -26,12 +28,12 @@ from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.remote import NoEngine, RemoteEngine
 from megatron_rl.sync.engines import Engine
 from megatron_rl.sync.remote_sync import RemoteSync
-from megatron_rl.weights.plan.engine_table import engine_maps
-from megatron_rl.weights.plan.rank_plan import Orders
-from megatron_rl.weights.plan.ranks import EngineRanks, TrainedRanks, layer_of
-from megatron_rl.weights.plan.shard_plan import ShardPlan
+from megatron_rl.weights.files.local_shards import trained_ranks
+from megatron_rl.weights.plan.rank_plan import RankPlan
+from megatron_rl.weights.plan.ranks import EngineRanks
+from megatron_rl.weights.plan.shard_plan import plan_sync
 from megatron_rl.weights.quantized.formats import quantized_tensors
-from megatron_rl.weights.quantized.fp8_parameters import held_value
+from megatron_rl.weights.quantized.fp8_parameters import dequantized
 from megatron_rl.weights.transport.exchange import Exchange, Loader, OnFilled, verified
 from megatron_rl.weights.transport.process_group import ProcessGroupTransport
 
@@ -61,12 +63,12 @@ class WeightSync:
 
         Args:
             policy: what is sent.
-            engine: this rank's, or its hold on one in other processes.
+            engine: this rank's, or its client of one in other processes.
             layout: of the training ranks and the engines.
             prompts: the first few serve as probes of `sync.verify`.
             config: transport, buckets, verification, limits.
             quantization: the format that the engine rounds weights to, if it does.
-            pad_to_multiple: rows are this long or a multiple of it.
+            pad_to_multiple: micro-batches are this long or a multiple of it.
             meeting: where ranks wait for those that start an engine again.
         """
         self.policy, self.engine, self.config = policy, engine, config
@@ -80,7 +82,7 @@ class WeightSync:
         self._remote: RemoteSync | None = None
         if quantization is not None:
             return  # vLLM's own loader places quantised tensors, which it wants whole
-        trained = trained_ranks(policy)
+        trained = trained_ranks(policy.parameters, policy.groups)
         rank, remote = policy.groups.world.rank(), layout.remote_engines is not None
         engines = EngineRanks(
             num_engines=layout.num_engines,
@@ -89,15 +91,16 @@ class WeightSync:
             first_rank=trained.world_size if remote else 0,
             num_experts=max((tensor_map.num_experts for tensor_map in policy.maps), default=0),
         )
-        plan = plan_sync(policy, trained, engines, bucket_bytes=self._bucket_bytes)
+        dtype = str(policy.dtype).removeprefix("torch.")
+        plan = plan_sync(policy.hf, policy.maps, trained, engines, dtype=dtype, bucket_bytes=self._bucket_bytes)
         if isinstance(engine, RemoteEngine | NoEngine):
             number = layout.engine(rank)
             self._remote = RemoteSync(policy, plan, engines, self.config, engine=engine, number=number, meeting=meeting)
             return
         timeout = timedelta(seconds=self.config.timeout_seconds)
         self._transport = ProcessGroupTransport(policy.groups.world, timeout=timeout, device=this_device())
-        self._orders = Orders.of(plan, rank, engines.expert_rows(rank))
-        self._exchange = Exchange(self._orders)
+        self._rank_plan = RankPlan.of(plan, rank, engines.expert_rows(rank))
+        self._exchange = Exchange(self._rank_plan)
 
     def __call__(self, version: int, on_filled: OnFilled | None = None) -> dict[str, float]:
         """Load the policy's present weights into the engine under `version`; collective. `on_filled`: see the engine.
@@ -124,11 +127,11 @@ class WeightSync:
         def feed(loader: Loader) -> None:
             verify = verified(self.config.verify.name, version)
             policy = self.policy
-            held = {name: held_value(parameter, policy.dtype) for name, parameter in policy.parameters.items()}
-            self._exchange.run(held, loader, self._transport, version=version, verify=verify)
+            values = {name: dequantized(parameter, policy.dtype) for name, parameter in policy.parameters.items()}
+            self._exchange.run(values, loader, self._transport, version=version, verify=verify)
 
-        cast(RolloutEngine, self.engine).load_shards(self._orders.shard, feed, version=version, on_filled=on_filled)
-        return self._orders.received_bytes
+        cast(RolloutEngine, self.engine).load_shards(self._rank_plan.shard, feed, version=version, on_filled=on_filled)
+        return self._rank_plan.received_bytes
 
     def _send_quantized(self, format: QuantizedFormat, version: int) -> int:
         policy, num_bytes = self.policy, 0
@@ -147,17 +150,17 @@ class WeightSync:
         sequences = [
             TrainingSequence(torch.tensor(ids).numpy(), torch.ones(len(ids) - 1).numpy()) for ids in self.probes
         ]
-        # The same row on every data-parallel rank: each verifies its own engine.
-        row = pack(sequences, range(len(sequences)), pad_to_multiple=self._pad_to_multiple)
-        ((log_probs, _),) = forward_log_probs(self.policy, [row])
+        # The same micro-batch on every data-parallel rank: each verifies its own engine.
+        micro_batch = pack(sequences, range(len(sequences)), pad_to_multiple=self._pad_to_multiple)
+        ((log_probs, _),) = forward_log_probs(self.policy, [micro_batch])
         if isinstance(self.engine, NoEngine):
             return
         try:
             of_engine = self.engine.log_probs(self.probes)
         except EngineLost:
-            return  # it has died since; whoever asks it next finds that, and it is sent and probed again
+            return  # it has died since; the next call finds that, and weights are sent and probed again
         # Joined before the maximum is taken: torch's is nan if one is, Python's depends on the order.
-        ours = torch.cat(unpack(log_probs, row))
+        ours = torch.cat(unpack(log_probs, micro_batch))
         theirs = torch.cat([torch.tensor(of_probe) for of_probe in of_engine])
         difference = float((ours - theirs).abs().max())
         if not difference <= self.config.verify_tolerance:
@@ -165,34 +168,3 @@ class WeightSync:
                 f"weights of version {version}: the engine's log-probs are off the policy's by {difference:.3g} nats, "
                 f"sync.verify_tolerance is {self.config.verify_tolerance:g}"
             )
-
-
-def trained_ranks(policy: Policy) -> TrainedRanks:
-    """The layout that a policy has; collective over its pipeline."""
-    groups = policy.groups
-    mine = sorted({layer for name in policy.parameters if (layer := layer_of(name)) is not None})
-    stages: list[list[int]] = [[] for _ in range(groups.pp.size())]
-    dist.all_gather_object(stages, mine, group=groups.pp)
-    stage_of_layer = {layer: stage for stage, layers in enumerate(stages) for layer in layers}
-    return TrainedRanks(
-        tensor=groups.tp.size(),
-        pipeline=groups.pp.size(),
-        data=groups.dp.size(),
-        stage_of_layer=tuple(stage_of_layer[layer] for layer in sorted(stage_of_layer)),
-        context=groups.cp.size(),
-        expert=groups.ep.size(),
-        expert_tensor=groups.etp.size(),
-    )
-
-
-def plan_sync(policy: Policy, trained: TrainedRanks, engines: EngineRanks, *, bucket_bytes: int) -> ShardPlan:
-    """The plan from a policy to engines that hold its dtype."""
-    name = str(policy.dtype).removeprefix("torch.")
-    heads = policy.hf.get("num_key_value_heads") or policy.hf["num_attention_heads"]
-    in_float32 = {hf_name for tensor_map in policy.maps if tensor_map.float32 for hf_name in tensor_map.hf_shapes}
-    sources = trained.entries(policy.maps, lambda tensor_map: "float32" if tensor_map.float32 else name)
-    targets = engines.entries(
-        engine_maps(policy.maps, num_key_value_heads=heads),
-        lambda tensor_map: name if in_float32.isdisjoint(tensor_map.hf_shapes) else "float32",
-    )
-    return ShardPlan(sources, targets, bucket_bytes=bucket_bytes)

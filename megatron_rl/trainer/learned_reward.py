@@ -2,8 +2,8 @@
 
 It reads prompt and completion as token ids, the end-of-sequence token included if it was sampled. An outcome model's
 score is that of the last token; a process model's are those of the last tokens of the steps, and `rewards.model.credit`
-says which tokens get them. On the training ranks rows are laid out as for training, so every rank scores its share; a
-server is asked by the first rank. All ranks learn the scores.
+says which tokens get them. On the training ranks micro-batches are laid out as for training, so every rank scores its
+share; a server is asked by the first rank. All ranks learn the scores.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class LearnedReward:
             UserError: the folder holds no classifier of one label that fits.
         """
         self.config: RewardModelConfig = config.rewards.model
-        self._values: Scorer = (OfServer if self.config.engine is RewardEngine.vllm else OfRanks)(config, groups)
+        self._values: Scorer = (ServerScorer if self.config.engine is RewardEngine.vllm else RankScorer)(config, groups)
         texts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(len(tokenizer))]
         self._ends_step = np.array([self.config.step_separator in text for text in texts])
 
@@ -93,7 +93,7 @@ Scorer = Callable[[Sequence[tuple[int, ...]], Training], list[np.ndarray]]
 """(token ids of each sample, the run) -> values of each sample's tokens, on all ranks; collective."""
 
 
-class OfRanks:
+class RankScorer:
     """The model on the training ranks."""
 
     def __init__(self, config: Config, groups: Groups) -> None:
@@ -111,15 +111,19 @@ class OfRanks:
         sequences = [_readable(of_sample) for of_sample in ids]
         batch = training.minibatch(sequences, range(len(sequences)))
         mine: dict[int, np.ndarray] = {}
-        for row, values in zip(batch.rows, forward_values(self.model, batch.rows), strict=True):
-            mine |= {i: part.numpy() for i, part in zip(row.sequence_ids, unpack(values, row), strict=True)}
+        for micro_batch, values in zip(
+            batch.micro_batches, forward_values(self.model, batch.micro_batches), strict=True
+        ):
+            mine |= {
+                i: part.numpy() for i, part in zip(micro_batch.sequence_ids, unpack(values, micro_batch), strict=True)
+            }
         of_ranks: list[dict[int, np.ndarray]] = [{}] * self.groups.dp.size()
         dist.all_gather_object(of_ranks, mine, group=self.groups.dp)
         scores = {i: values for of_rank in of_ranks for i, values in of_rank.items()}
         return [scores[i] for i in range(len(ids))]
 
 
-class OfServer:
+class ServerScorer:
     """The model in a vLLM server of the first rank."""
 
     def __init__(self, config: Config, groups: Groups) -> None:

@@ -2,19 +2,19 @@
 
     generate -> score -> log_probs (old, reference) -> advantages -> forward_backward, optim_step -> sync_weights
 
-Log-probs come before advantages, because a KL penalty may be part of the reward. Generation and scoring are repeated
-where a step asks for prompts whose completions differ in their rewards (`collection`); otherwise they are done once.
+Log-probs come before advantages, because a KL penalty may be part of the reward. With dynamic sampling, generation and
+scoring are repeated until enough prompts have completions of different rewards (`rollouts.Collection`).
 """
 
 from megatron_rl.config.schema import Config
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
-from megatron_rl.trainer.rl import Reinforcement
+from megatron_rl.trainer.rl import RLTrainer
 
 
 def train_rl(config: Config, groups: Groups, layout: Layout) -> None:
     """Run or resume a reinforcement-learning run."""
-    rl = Reinforcement(config, groups, layout)
+    rl = RLTrainer(config, groups, layout)
     phase = rl.training.timer.phase
     with rl.training as training:
         rl.sync_weights()

@@ -1,10 +1,9 @@
-"""Preference training of a policy: DPO and its kin on pairs, KTO on single completions.
+"""Training on preference data: the recipes `preference` and `reward_model`.
 
-The loop of the recipes on judged completions: draw, lay out, prepare, update; now and then evaluate.
-
-What differs between a policy trained on preferences and a reward model is given as functions.
-
-Training of a reward model: on pairs (Bradley-Terry), on scores (regression), on steps (process rewards).
+train_preference    a policy: DPO and related losses on pairs, KTO on single completions
+train_reward_model  a reward model: on pairs (Bradley-Terry), on scores (regression), on steps (process rewards)
+train_on            the loop of both: draw, lay out, update, now and then evaluate; a `PreferenceRecipe` holds what
+                    differs
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +19,8 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.schema import Config
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.datasets import DataOrder
-from megatron_rl.data.packing import PackedRow
-from megatron_rl.data.preferences import Judged, Judgement, load_judgements
+from megatron_rl.data.packing import MicroBatch
+from megatron_rl.data.preferences import LabelledCompletion, PreferenceExample, load_preferences
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.scalar_model import ScalarModel
 from megatron_rl.engine.step import LossFunction, forward_log_probs, forward_values
@@ -39,27 +38,27 @@ from megatron_rl.trainer.training import Training
 
 
 @dataclass(frozen=True)
-class JudgementRecipe:
-    """What a recipe does with judged completions."""
+class PreferenceRecipe:
+    """How a recipe lays out completions, and its objective."""
 
-    lay_out: Callable[[Judged], TrainingSequence]
+    lay_out: Callable[[LabelledCompletion], TrainingSequence]
     """For the model that is trained."""
-    objective: Callable[[Sequence[Judgement], MiniBatch], LossFunction]
-    """Prepares the rows of an optimizer step and gives their loss; collective."""
+    objective: Callable[[Sequence[PreferenceExample], MiniBatch], LossFunction]
+    """Prepares the micro-batches of an optimizer step and gives their loss; collective."""
 
 
-def load(config: Config, *, of_pairs: bool) -> tuple[list[Judgement], list[Judgement]]:
-    """Training and held-out judgements.
+def load(config: Config, *, of_pairs: bool) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
+    """Training and held-out examples.
 
     Raises:
         UserError: a row cannot be used; it is named by file and line. Or the loss is of pairs and the file is not, or
             the other way round.
     """
     tokenizer = load_tokenizer(config.model.hf_path)
-    found: list[list[Judgement]] = []
+    found: list[list[PreferenceExample]] = []
     for key, file in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         found.append(
-            [] if file is None else load_judgements(file, config.data, tokenizer, max_tokens=_max_tokens(config))
+            [] if file is None else load_preferences(file, config.data, tokenizer, max_tokens=_max_tokens(config))
         )
         if found[-1] and (len(found[-1][0]) == 2) is not of_pairs:
             kind = "pairs (prompt, chosen, rejected)" if of_pairs else "single completions (prompt, response, label)"
@@ -74,11 +73,14 @@ def _max_tokens(config: Config) -> int:
 
 
 def train_on(
-    training: Training, judgements: Sequence[Judgement], held_out: Sequence[Judgement], recipe: JudgementRecipe
+    training: Training,
+    examples: Sequence[PreferenceExample],
+    held_out: Sequence[PreferenceExample],
+    recipe: PreferenceRecipe,
 ) -> None:
     """Run or resume."""
     config, state = training.config, training.state
-    order = DataOrder(len(judgements), config.seed, config.data.shuffle)
+    order = DataOrder(len(examples), config.seed, config.data.shuffle)
     batch_size = config.train.global_batch_size or 1
     interval = config.evaluation.interval
     with training:
@@ -86,7 +88,7 @@ def train_on(
             training.record(_evaluate(training, held_out, recipe))
         while not training.is_done:
             with training.step() as row:
-                chosen = [judgements[i] for i in order.rows(state.data_position, batch_size)]
+                chosen = [examples[i] for i in order.rows(state.data_position, batch_size)]
                 state.data_position += batch_size
                 with training.timer.phase("train"):
                     batch = _batch(training, chosen, recipe)
@@ -100,26 +102,26 @@ def train_on(
         training.finish()
 
 
-def _batch(training: Training, chosen: Sequence[Judgement], recipe: JudgementRecipe) -> MiniBatch:
-    sequences = [recipe.lay_out(judged) for judgement in chosen for judged in judgement]
+def _batch(training: Training, chosen: Sequence[PreferenceExample], recipe: PreferenceRecipe) -> MiniBatch:
+    sequences = [recipe.lay_out(completion) for example in chosen for completion in example]
     return training.minibatch(sequences, range(len(sequences)), together=len(chosen[0]))
 
 
 @torch.no_grad()
-def _evaluate(training: Training, held_out: Sequence[Judgement], recipe: JudgementRecipe) -> dict[str, float]:
-    """eval/<name>/{loss, pair_accuracy, ...} over all held-out judgements, as one batch."""
+def _evaluate(training: Training, held_out: Sequence[PreferenceExample], recipe: PreferenceRecipe) -> dict[str, float]:
+    """eval/<name>/{loss, pair_accuracy, ...} over all held-out examples, as one batch."""
     batch = _batch(training, held_out, recipe)
     objective = recipe.objective(held_out, batch)
     metrics: dict[str, Metric] = {}
     is_scalar = isinstance(training.policy, ScalarModel)
     outputs = (
-        [(values,) for values in forward_values(training.policy, batch.rows)]
+        [(values,) for values in forward_values(training.policy, batch.micro_batches)]
         if is_scalar
-        else forward_log_probs(training.policy, batch.rows)
+        else forward_log_probs(training.policy, batch.micro_batches)
     )
-    for row, of_row in zip(batch.rows, outputs, strict=True):
-        _, of_rows = objective(*of_row, row)
-        metrics = combine(metrics, of_rows)
+    for micro_batch, of_micro_batch in zip(batch.micro_batches, outputs, strict=True):
+        _, of_micro_batches = objective(*of_micro_batch, micro_batch)
+        metrics = combine(metrics, of_micro_batches)
     found = training.reduce(metrics if training.groups.reports else {})
     names = {"preference/loss": "loss", "preference/accuracy": "pair_accuracy", "preference/margin": "margin"}
     names |= {"process_reward/accuracy": "step_accuracy", "preference/abs_error": "abs_error"}
@@ -130,57 +132,61 @@ def _evaluate(training: Training, held_out: Sequence[Judgement], recipe: Judgeme
 def train_preference(config: Config, groups: Groups) -> None:
     """Run or resume preference training."""
     loss = resolve_preference_loss(config.algorithm.preference, POLICY_LOSSES)
-    judgements, held_out = load(config, of_pairs=is_of_pairs(loss))
+    examples, held_out = load(config, of_pairs=is_of_pairs(loss))
     training = Training(config, groups, num_updates_per_step=1, with_reference=needs_reference(loss))
 
-    def objective(chosen: Sequence[Judgement], batch: MiniBatch) -> LossFunction:
-        add_reference(training, batch.rows)
-        firsts = [judgement[0] for judgement in chosen]
+    def objective(chosen: Sequence[PreferenceExample], batch: MiniBatch) -> LossFunction:
+        add_reference(training, batch.micro_batches)
+        firsts = [example[0] for example in chosen]
         return PreferenceObjective(
             config.algorithm.preference,
             loss,
             batch.counts,
-            num_chosen_tokens=float(sum(len(judged.completion_ids) for judged in firsts)),
+            num_chosen_tokens=float(sum(len(completion.completion_ids) for completion in firsts)),
             reference_kl=mismatched_kl(training, firsts) if "reference_kl" in loss.wants else 0.0,
         )
 
-    train_on(training, judgements, held_out, JudgementRecipe(Judged.to_predict, objective))
+    train_on(training, examples, held_out, PreferenceRecipe(LabelledCompletion.for_policy, objective))
 
 
-def add_reference(training: Training, rows: Sequence[PackedRow]) -> None:
-    """Give the rows `ref_log_probs`, if the run has a reference."""
+def add_reference(training: Training, micro_batches: Sequence[MicroBatch]) -> None:
+    """Give the micro-batches `ref_log_probs`, if the run has a reference."""
     if training.reference is None:
         return
     with training.reference.swapped_in() as reference:
-        outputs = forward_log_probs(reference, rows)
-    for row, (log_probs, _) in zip(rows, outputs, strict=True):
-        row.per_token["ref_log_probs"] = log_probs
+        outputs = forward_log_probs(reference, micro_batches)
+    for micro_batch, (log_probs, _) in zip(micro_batches, outputs, strict=True):
+        micro_batch.per_token["ref_log_probs"] = log_probs
 
 
-def mismatched_kl(training: Training, batch: Sequence[Judged]) -> float:
+def mismatched_kl(training: Training, batch: Sequence[LabelledCompletion]) -> float:
     """z of KTO: how far the policy shifted the completions of other prompts; nats, collective.
 
     Each prompt gets the completion of the next one of the global batch.
     """
-    shifted = [replace(judged, completion_ids=batch[i - 1].completion_ids) for i, judged in enumerate(batch)]
-    sequences = [judged.to_predict() for judged in shifted]
-    rows = training.minibatch(sequences, range(len(sequences))).rows
-    add_reference(training, rows)
+    shifted = [replace(completion, completion_ids=batch[i - 1].completion_ids) for i, completion in enumerate(batch)]
+    sequences = [completion.for_policy() for completion in shifted]
+    micro_batches = training.minibatch(sequences, range(len(sequences))).micro_batches
+    add_reference(training, micro_batches)
     total, count = 0.0, 0
-    for row, (log_probs, _) in zip(rows, forward_log_probs(training.policy, rows), strict=True):
-        ratios = sequence_sums(log_probs - row.per_token["ref_log_probs"], row.loss_mask, row.cu_seqlens)
-        total, count = total + float(ratios.sum()), count + len(row.sequence_ids)
+    for micro_batch, (log_probs, _) in zip(
+        micro_batches, forward_log_probs(training.policy, micro_batches), strict=True
+    ):
+        ratios = sequence_sums(
+            log_probs - micro_batch.per_token["ref_log_probs"], micro_batch.loss_mask, micro_batch.cu_seqlens
+        )
+        total, count = total + float(ratios.sum()), count + len(micro_batch.sequence_ids)
     return kto_reference_kl(*reduce_counts([total, count], training.groups.dp))
 
 
 def train_reward_model(config: Config, groups: Groups) -> None:
     """Run or resume the training of a reward model; it is exported as a Hugging Face classifier of one label."""
     loss = resolve_preference_loss(config.algorithm.preference, REWARD_LOSSES)
-    judgements, held_out = load(config, of_pairs=is_of_pairs(loss))
+    examples, held_out = load(config, of_pairs=is_of_pairs(loss))
     build = partial(ScalarModel, per_token="logits" in loss.wants)
     training = Training(config, groups, num_updates_per_step=1, build=build)
 
-    def objective(chosen: Sequence[Judgement], batch: MiniBatch) -> LossFunction:
+    def objective(chosen: Sequence[PreferenceExample], batch: MiniBatch) -> LossFunction:
         return RewardObjective(loss, batch.counts)
 
-    train_on(training, judgements, held_out, JudgementRecipe(Judged.to_read, objective))
+    train_on(training, examples, held_out, PreferenceRecipe(LabelledCompletion.for_reward_model, objective))

@@ -19,7 +19,7 @@ from megatron_rl.config.hf_checkpoint import check_weights, read_json_object
 from megatron_rl.config.schema import Config, Dtype, ModelConfig, ParallelConfig, QuantizedFormat
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.datasets import load_prompts
-from megatron_rl.data.packing import PackedRow, pack, plan_micro_batches, unpack
+from megatron_rl.data.packing import MicroBatch, pack, plan_micro_batches, unpack
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.quantized_layers import fake_quantize, search_awq_scales
@@ -75,15 +75,15 @@ def quantize(
         policy = Policy(settings, groups, ParallelConfig(), trained=False)
         if reason := refusal(format, policy.maps):
             raise UserError(f"--format: given {format.value}; {reason}")
-        rows = _calibration_rows(config, folder, num_prompts)
-        before = _log_probs(policy, rows)
+        micro_batches = _calibration_micro_batches(config, folder, num_prompts)
+        before = _log_probs(policy, micro_batches)
         if format is QuantizedFormat.int4:
-            _scale_for_int4(policy, rows)
+            _scale_for_int4(policy, micro_batches)
         tensors = quantized_tensors(format, policy.hf_tensors(bucket_bytes=_BUCKET_BYTES), policy.maps)
         described = policy.hf | {"quantization_config": quantization_config(format)}
         write_hf_checkpoint(output, tensors, source=folder, config=described)
         compute_as_stored(policy, format)
-        difference = (_log_probs(policy, rows) - before).abs()
+        difference = (_log_probs(policy, micro_batches) - before).abs()
     return {"log_prob_abs_diff_mean": float(difference.mean()), "log_prob_abs_diff_max": float(difference.max())}
 
 
@@ -99,14 +99,14 @@ def compute_as_stored(policy: Policy, format: QuantizedFormat) -> None:
         weight.copy_(dequantize(format, quantize_group(format, {"weight": weight})))
 
 
-def _scale_for_int4(policy: Policy, rows: Sequence[PackedRow]) -> None:
-    scales = search_awq_scales(policy.models[0], lambda: _log_probs(policy, rows))
+def _scale_for_int4(policy: Policy, micro_batches: Sequence[MicroBatch]) -> None:
+    scales = search_awq_scales(policy.models[0], lambda: _log_probs(policy, micro_batches))
     model = policy.config
     norms = model.normalization == "RMSNorm" and not model.layernorm_zero_centered_gamma
     fold_awq_scales(policy.parameters, scales, norms=norms, gated=model.gated_linear_unit)
 
 
-def _calibration_rows(config: Config, folder: Path, num_prompts: int) -> list[PackedRow]:
+def _calibration_micro_batches(config: Config, folder: Path, num_prompts: int) -> list[MicroBatch]:
     limit = config.data.max_prompt_tokens
     prompts = load_prompts(str(config.data.train), config.data, load_tokenizer(folder), max_prompt_tokens=limit)
     ids = [torch.tensor(prompt.token_ids).numpy() for prompt in prompts[:num_prompts] if len(prompt.token_ids) > 1]
@@ -115,9 +115,15 @@ def _calibration_rows(config: Config, folder: Path, num_prompts: int) -> list[Pa
         raise UserError(f"data.train: no prompt of two tokens or more in '{config.data.train}' to calibrate on")
     lengths = [sequence.num_positions for sequence in sequences]
     (plan,) = plan_micro_batches(lengths, num_ranks=1, micro_batch_tokens=config.train.micro_batch_tokens)
-    return [pack(sequences, row, pad_to_multiple=1) for row in plan]
+    return [pack(sequences, micro_batch, pad_to_multiple=1) for micro_batch in plan]
 
 
-def _log_probs(policy: Policy, rows: Sequence[PackedRow]) -> Tensor:
-    outputs = forward_log_probs(policy, rows)
-    return torch.cat([part for (values, _), row in zip(outputs, rows, strict=True) for part in unpack(values, row)])
+def _log_probs(policy: Policy, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    outputs = forward_log_probs(policy, micro_batches)
+    return torch.cat(
+        [
+            part
+            for (values, _), micro_batch in zip(outputs, micro_batches, strict=True)
+            for part in unpack(values, micro_batch)
+        ]
+    )

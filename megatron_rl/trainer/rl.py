@@ -1,4 +1,4 @@
-"""The verbs of the loop: what each does to the samples of a step. How it is done is said where each verb points to."""
+"""The verbs of the loop: generate, score, log_probs, advantages, train, sync_weights, report, evaluate."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,7 +10,7 @@ from megatron_rl.algorithms.metrics import Metric, combine
 from megatron_rl.config.schema import Config, KLEstimator
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.datasets import DataOrder, load_prompts, training_sequence
-from megatron_rl.data.packing import NEW_VALUES, PackedRow
+from megatron_rl.data.packing import NEW_VALUES, MicroBatch
 from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import TrainingMemory
@@ -25,12 +25,11 @@ from megatron_rl.objectives.penalties import KLPenalty, punish_length
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
 from megatron_rl.rewards.scoring import resolve_rewards
+from megatron_rl.runs.logs import write_rollouts
 from megatron_rl.runs.progress import say
-from megatron_rl.runs.record import write_rollouts
 from megatron_rl.sync.engines import place_engine
 from megatron_rl.sync.weight_sync import WeightSync
 from megatron_rl.trainer import evaluation
-from megatron_rl.trainer.guards import convergence_metrics
 from megatron_rl.trainer.learned_reward import LearnedReward
 from megatron_rl.trainer.rollouts import (
     Collection,
@@ -41,6 +40,7 @@ from megatron_rl.trainer.rollouts import (
     training_sampling,
 )
 from megatron_rl.trainer.training import Training
+from megatron_rl.trainer.update import convergence_metrics
 
 _MISMATCH = "mismatch/log_prob_abs_diff_mean"
 
@@ -49,7 +49,7 @@ class MismatchError(RuntimeError):
     """Rollout and training log-probs differ by more than the run allows."""
 
 
-class Reinforcement:
+class RLTrainer:
     """A reinforcement-learning run in progress on this rank. The loop calls its methods in order."""
 
     def __init__(self, config: Config, groups: Groups, layout: Layout, *, records: bool = True) -> None:
@@ -161,32 +161,34 @@ class Reinforcement:
         batches = [
             self.training.minibatch(sequences, range(start, start + size)) for start in range(0, len(sequences), size)
         ]
-        rows = _rows(batches)
+        micro_batches = _micro_batches(batches)
         policy, recorded = self.training.policy, self.config.rollout.record_routes
         if recorded:
-            policy.routing.take(rows, [routes for s in samples if (routes := s.completion.routes) is not None])
+            policy.routing.take(micro_batches, [routes for s in samples if (routes := s.completion.routes) is not None])
         is_exact = self.config.algorithm.kl.estimator is KLEstimator.exact
         if not self.on_policy or self.kl.in_reward or self.values or is_exact:
             with policy.routing.replaying() if recorded else policy.routing.recording():
-                outputs = forward_outputs(policy, rows, temperature=self.sampling.temperature, extras=self.values)
-            for row, of_row in zip(rows, outputs, strict=True):
-                row.per_token["old_log_probs"] = of_row["log_probs"]
-                if NEW_VALUES in of_row:
-                    row.per_token["values"] = of_row[NEW_VALUES]
-        self.kl.add_log_probs(rows, policy=policy, temperature=self.sampling.temperature)
+                outputs = forward_outputs(
+                    policy, micro_batches, temperature=self.sampling.temperature, extras=self.values
+                )
+            for micro_batch, of_micro_batch in zip(micro_batches, outputs, strict=True):
+                micro_batch.per_token["old_log_probs"] = of_micro_batch["log_probs"]
+                if NEW_VALUES in of_micro_batch:
+                    micro_batch.per_token["values"] = of_micro_batch[NEW_VALUES]
+        self.kl.add_log_probs(micro_batches, policy=policy, temperature=self.sampling.temperature)
         if self.training.critic is not None:
-            self.training.critic.add_values(rows)
+            self.training.critic.add_values(micro_batches)
         return batches
 
     def advantages(self, samples: Sequence[Sample], batches: Sequence[MiniBatch]) -> Tensor:
-        """Advantages of the rows' tokens, and of the completions, [samples]; see `advantages`."""
+        """Advantages of the micro-batches' tokens, and of the completions, [samples]; see `advantages`."""
         settings, adaptive = self.config.algorithm.advantage, self.training.state.adaptive
-        rows = _rows(batches)
-        self.kl.penalise(rows)
+        micro_batches = _micro_batches(batches)
+        self.kl.penalise(micro_batches)
         baseline = RunningBaseline(**adaptive.get("baseline", {}))
         advantages = add_advantages(
             samples,
-            rows,
+            micro_batches,
             config=settings,
             estimator=self.estimator,
             baseline=baseline,
@@ -264,5 +266,5 @@ def check_mismatch(row: dict[str, float], limit: float | None) -> None:
         )
 
 
-def _rows(batches: Sequence[MiniBatch]) -> list[PackedRow]:
-    return [row for batch in batches for row in batch.rows]
+def _micro_batches(batches: Sequence[MiniBatch]) -> list[MicroBatch]:
+    return [micro_batch for batch in batches for micro_batch in batch.micro_batches]

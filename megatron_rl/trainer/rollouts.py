@@ -1,16 +1,14 @@
-"""Prompts in, scored samples out: each engine makes and scores its own, then all ranks share them.
+"""Prompts in, scored samples out: rollouts of all engines, dynamic sampling, and what is reported of the samples.
 
-The k-th prompt drawn by a run is completed with seeds that depend on (run seed, k) alone. So a step's samples depend on
-neither the number of engines nor on which of them made what, and a resumed run makes the same ones. An engine that is
-lost on the way is brought back and makes its share again.
+Each engine makes and scores its own part, then all ranks share them. The k-th prompt drawn by a run is completed with
+seeds that depend on (run seed, k) alone. So a step's samples depend on neither the number of engines nor on which of
+them made what, and a resumed run makes the same ones. An engine that is lost on the way is brought back and makes its
+part again.
 
-The samples of one step, collected over one round of generation, or over several.
-
-Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): a prompt whose completions all have the same reward teaches
-nothing, so it is replaced by another one, until the batch is full or the rounds are spent. What is missing then is
-filled with such prompts, so that a step always has its size, and a run cannot hang on data that is too easy.
-
-What is said about the samples of a step: metrics, and a few of them in full.
+`Collection` holds the samples of one step. Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): a prompt whose
+completions all have the same reward teaches nothing, so it is replaced by another one, until the batch is full or the
+rounds are spent. What is missing then is filled with such prompts, so that a step always has its size, and a run cannot
+hang on data that is too easy.
 """
 
 from collections.abc import Callable, Sequence
@@ -247,7 +245,7 @@ def sample_metrics(samples: Sequence[Sample], *, version: int) -> dict[str, floa
 
 
 def sample_records(samples: Sequence[Sample], advantages: Tensor, *, step: int, count: int) -> list[dict[str, Any]]:
-    """`count` of the samples, evenly spaced, as `rollout_log` writes them.
+    """`count` of the samples, evenly spaced, as `runs.logs` writes them.
 
     Args:
         advantages: [samples].

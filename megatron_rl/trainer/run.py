@@ -20,7 +20,7 @@ from megatron_rl.runs.directory import RunDirectory
 from megatron_rl.runs.progress import say
 from megatron_rl.trainer.loop import train_rl
 from megatron_rl.trainer.preference import train_preference, train_reward_model
-from megatron_rl.trainer.rl import Reinforcement
+from megatron_rl.trainer.rl import RLTrainer
 from megatron_rl.trainer.sft import train_sft
 
 _OTHERS = {Recipe.sft: train_sft, Recipe.preference: train_preference, Recipe.reward_model: train_reward_model}
@@ -79,7 +79,7 @@ def _report(run: RunDirectory) -> None:
 def evaluate(config: Config, layout: Layout) -> dict[str, float]:
     """Held-out metrics of the run's latest checkpoint, or of model.hf_path where there is none; nothing is written."""
     groups = initialize(config.parallel, seed=config.seed)
-    rl = Reinforcement(config, groups, layout, records=False)
+    rl = RLTrainer(config, groups, layout, records=False)
     rl.sync_weights()
     metrics = rl.evaluate()
     finalize()

@@ -35,7 +35,7 @@ def train_sft(config: Config, groups: Groups) -> None:
                 reference = None
                 if training.reference is not None:
                     with training.timer.phase("log_probs"):
-                        reference = reference_logits(training.reference, training.policy, batch.rows)
+                        reference = reference_logits(training.reference, training.policy, batch.micro_batches)
                 with training.timer.phase("train"):
                     objective = SupervisedObjective(config.algorithm, batch.counts, _norm(config), loss, reference)
                     row |= training.reduce(training.update(batch, objective))
@@ -52,8 +52,10 @@ def held_out_loss(training: Training, sequences: Sequence[TrainingSequence]) -> 
     batch = training.minibatch(sequences, range(len(sequences)))
     metrics: dict[str, Metric] = {}
     name = f"eval/{training.config.evaluation.name}/loss"
-    for row, (log_probs, _) in zip(batch.rows, forward_log_probs(training.policy, batch.rows), strict=True):
-        metrics = combine(metrics, {name: masked_mean(-log_probs, row.loss_mask)})
+    for micro_batch, (log_probs, _) in zip(
+        batch.micro_batches, forward_log_probs(training.policy, batch.micro_batches), strict=True
+    ):
+        metrics = combine(metrics, {name: masked_mean(-log_probs, micro_batch.loss_mask)})
     return training.reduce(metrics if training.groups.reports else {})
 
 

@@ -16,7 +16,7 @@ from megatron_rl.checkpoint.hf_export import export_hf
 from megatron_rl.checkpoint.training_state import POLICY, Trained, resume
 from megatron_rl.checkpoint.writer import CheckpointWriter
 from megatron_rl.config.errors import Interrupted
-from megatron_rl.config.numerics import row_multiple
+from megatron_rl.config.numerics import token_multiple
 from megatron_rl.config.schema import Config
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.head import Extra
@@ -34,8 +34,7 @@ from megatron_rl.runs.interruption import Interruption, JobClock, job_end, tell_
 from megatron_rl.runs.progress import PhaseTimer, Progress, say
 from megatron_rl.runs.record import Record, RunState, open_folder
 from megatron_rl.runs.watchdog import Watchdog
-from megatron_rl.trainer.guards import GuardStop, RollBack
-from megatron_rl.trainer.update import Updates
+from megatron_rl.trainer.update import GuardStop, RollBack, Updates
 
 
 class Training:
@@ -137,8 +136,8 @@ class Training:
 
     @property
     def pad_to_multiple(self) -> int:
-        """Rows are this long or a multiple of it."""
-        return row_multiple(self.config.model, self.config.parallel)
+        """Micro-batches are this long or a multiple of it."""
+        return token_multiple(self.config.model, self.config.parallel)
 
     def minibatch(
         self, sequences: Sequence[TrainingSequence], indices: Sequence[int], *, together: int = 1
@@ -151,7 +150,7 @@ class Training:
             self.groups,
             micro_batch_tokens=self.config.train.micro_batch_tokens,
             pad_to_multiple=self.pad_to_multiple,
-            num_rows_multiple=parallel.pipeline_model_parallel_size
+            num_micro_batches_multiple=parallel.pipeline_model_parallel_size
             if parallel.virtual_pipeline_model_parallel_size
             else 1,
             together=together,

@@ -1,17 +1,28 @@
-"""One optimizer step on a mini-batch, and what may keep it from being made.
+"""One optimizer step on a mini-batch, and what may keep it from being made: numbers that are not finite, and guards.
 
     forward, backward -> is the loss finite? -> gradient norm -> is it? -> do the guards let it pass? -> clip, step
 
 A number that is not finite skips the update, stops the run or sends it back to its last checkpoint, as
-`optimizer.on_non_finite` says; a guard does as it is configured (`guards.py`).
+`optimizer.on_non_finite` says.
+
+A guard watches one metric of the policy's updates, before the update is made: the loss, the gradient norm, a KL, the
+mismatch between engine and trainer. Over its limit (`above`), or far from its own recent past (`above_deviations`), the
+update is skipped, the run stops, or it goes back to its last checkpoint and on with the data that follow. A number that
+is not finite is over every limit.
+
+The past of a guard, and the window of the convergence monitor, are part of the run's state, so a resumed run decides as
+an uninterrupted one would.
 """
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from functools import partial
 
+from megatron_rl.algorithms.diagnostics import ConvergenceMonitor
 from megatron_rl.algorithms.metrics import Metric
-from megatron_rl.config.schema import Config, GuardAction, NonFinite
+from megatron_rl.config.errors import UserError
+from megatron_rl.config.schema import Config, ConvergenceConfig, GuardAction, GuardConfig, NonFinite
 from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
@@ -20,7 +31,6 @@ from megatron_rl.objectives.minibatch import MiniBatch
 from megatron_rl.parallel.groups import Groups, reduce_counts, reduce_metrics
 from megatron_rl.runs.progress import say
 from megatron_rl.runs.record import RunState
-from megatron_rl.trainer.guards import GuardStop, RollBack, tripped
 
 
 class NonFiniteError(RuntimeError):
@@ -63,7 +73,7 @@ class Updates:
         self.flops += model.sizes.training_flops(batch.lengths)
         optimizer.zero_grad()
         with model.routing.replaying():
-            metrics = forward_backward(model, batch.rows, objective, temperature=temperature, extras=extras)
+            metrics = forward_backward(model, batch.micro_batches, objective, temperature=temperature, extras=extras)
         bad_losses = metrics.pop(NON_FINITE_LOSSES).value if metrics else 0.0
         (bad_losses,) = reduce_counts([bad_losses], self._groups.world)
         accepts = partial(self._accepts, metrics) if guarded and self._config.guards else None
@@ -79,7 +89,7 @@ class Updates:
         }
 
     def _on_non_finite(self, grad_norm: float, bad_losses: float) -> None:
-        what = f"the gradient norm is {grad_norm}, and the loss of {bad_losses:g} rows is not finite"
+        what = f"the gradient norm is {grad_norm}, and the loss of {bad_losses:g} micro-batches is not finite"
         if self._config.optimizer.on_non_finite is NonFinite.rollback:
             raise RollBack(what)
         if self._config.optimizer.on_non_finite is NonFinite.stop:
@@ -103,3 +113,72 @@ class Updates:
         if self._groups.world.rank() == 0:
             say(f"{reason}; the update is skipped")
         return False
+
+
+_MIN_PAST = 5
+"""Values before a deviation from them means anything."""
+
+
+class GuardStop(UserError):
+    """A guard has ended the run."""
+
+
+class RollBack(Exception):
+    """The run is to go back to its last checkpoint. The message says why."""
+
+
+def tripped(
+    guards: Sequence[GuardConfig], metrics: Mapping[str, float], past: dict[str, list[float]]
+) -> tuple[GuardAction, str] | None:
+    """The action of the first guard that trips, and why; the past is extended by what trips no guard.
+
+    Args:
+        guards: in the order of the configuration.
+        metrics: of an update, equal on all ranks.
+        past: values of earlier updates by metric, oldest first; changed.
+    """
+    for guard in guards:
+        value = metrics.get(guard.metric)
+        if value is None:
+            continue
+        if (reason := _reason(guard, value, past.get(guard.metric, []))) is not None:
+            return guard.action, f"{guard.metric} is {value:.6g}, {reason}"
+    for guard in guards:
+        if guard.above_deviations is not None and guard.metric in metrics:
+            past[guard.metric] = [*past.get(guard.metric, []), float(metrics[guard.metric])][-guard.window :]
+    return None
+
+
+def _reason(guard: GuardConfig, value: float, past: Sequence[float]) -> str | None:
+    if not math.isfinite(value):
+        return "not a finite number"
+    if guard.above is not None and value > guard.above:
+        return f"above {guard.above:g}"
+    if guard.above_deviations is not None and len(past) >= _MIN_PAST:
+        mean, deviation = statistics.fmean(past), statistics.pstdev(past)
+        # A past that hardly varies would trip on rounding: a hundredth of the mean is no spike.
+        limit = mean + guard.above_deviations * max(deviation, 0.01 * abs(mean))
+        if value > limit:
+            return f"above {limit:.6g}, {guard.above_deviations:g} deviations over the mean of {len(past)} updates"
+    return None
+
+
+KEY = "convergence"
+
+
+def convergence_metrics(metrics: dict[str, float], config: ConvergenceConfig, state: RunState) -> dict[str, float]:
+    """convergence/{loss_variance, policy_change, converged} over the last steps; {} where no policy was updated.
+
+    A single update per step is made at ratio 1, where the policy has not moved yet: then there is no policy_change, and
+    nothing is said to have converged.
+    """
+    if "policy/loss" not in metrics:
+        return {}
+    monitor = ConvergenceMonitor(
+        window=config.window, loss_variance=config.loss_variance, policy_change=config.policy_change
+    )
+    if KEY in state.adaptive:
+        monitor.load(state.adaptive[KEY])
+    found = monitor.add(metrics["policy/loss"], metrics["policy/change_mean"] or None)
+    state.adaptive[KEY] = monitor.state()
+    return found

@@ -29,7 +29,7 @@ from megatron_rl.config.schema import (
     Whitening,
 )
 from megatron_rl.data.datasets import training_sequence
-from megatron_rl.data.preferences import Judged
+from megatron_rl.data.preferences import LabelledCompletion
 from megatron_rl.data.samples import Completion, Prompt, Sample, TrainingSequence
 from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
@@ -92,7 +92,7 @@ PREFERENCES = {
 REWARDS = {name: PreferenceConfig(loss=name) for name in ("bradley_terry", "regression", "process")}
 
 
-def recorded_judgements(num_pairs: int = 7) -> list[list[Judged]]:
+def recorded_preferences(num_pairs: int = 7) -> list[list[LabelledCompletion]]:
     """Pairs of uneven length; of each completion the first and the fourth token end a step, if it has them."""
     rng = np.random.default_rng(11)
     pairs = []
@@ -102,7 +102,7 @@ def recorded_judgements(num_pairs: int = 7) -> list[list[Judged]]:
         for label in (1.0, 0.0):
             completion = tuple(rng.integers(3, 259, size=int(rng.integers(1, 12))).tolist())
             ends = tuple(i for i in (0, 3) if i < len(completion))
-            pair.append(Judged(prompt, completion, label, ends, tuple(float(i == 0) for i in ends)))
+            pair.append(LabelledCompletion(prompt, completion, label, ends, tuple(float(i == 0) for i in ends)))
         pairs.append(pair)
     return pairs
 
@@ -142,7 +142,7 @@ def update_of_every_objective(
 
 def _of_distributions(policy: Policy, teacher: Policy, tokens: int) -> Iterator[tuple[str, dict[str, float]]]:
     batch = _batch(policy, recorded_rollouts(), tokens)
-    reference = reference_logits(Teacher(teacher), policy, batch.rows)
+    reference = reference_logits(Teacher(teacher), policy, batch.micro_batches)
     for direction in Divergence:
         kl = KLConfig(coefficient=KL_COEFFICIENT, estimator=KLEstimator.exact, direction=direction, mixture=0.3)
         settings = SupervisedConfig(loss="label_smoothed", args={"smoothing": SMOOTHING})
@@ -176,14 +176,14 @@ def _of_estimators(policy: Policy, tokens: int) -> Iterator[tuple[str, dict[str,
     """Advantage of every completion, and its mean return, under every estimator, whitened over the global batch."""
     samples = recorded_samples()
     for name, whiten in itertools.product(ESTIMATORS, Whitening):
-        rows = _batch(policy, [training_sequence(sample) for sample in samples], tokens).rows
-        for row in rows:
-            row.per_token["values"] = (row.tokens % 7) / 7 + 0.1 * row.position_ids
+        micro_batches = _batch(policy, [training_sequence(sample) for sample in samples], tokens).micro_batches
+        for micro_batch in micro_batches:
+            micro_batch.per_token["values"] = (micro_batch.tokens % 7) / 7 + 0.1 * micro_batch.position_ids
         config = AdvantageConfig(estimator=name, gamma=0.9, lam=0.8, whiten=whiten)
         dp, baseline = policy.groups.dp, RunningBaseline(0.3, 1)
         estimator = resolve_estimator(config)
-        found = add_advantages(samples, rows, config=config, estimator=estimator, baseline=baseline, dp=dp)
-        returns = gathered_means(rows, "returns", len(samples), dp)
+        found = add_advantages(samples, micro_batches, config=config, estimator=estimator, baseline=baseline, dp=dp)
+        returns = gathered_means(micro_batches, "returns", len(samples), dp)
         both = {"advantage": found.tolist(), "return": returns.tolist()}
         yield (
             f"{name}_{whiten.value}",
@@ -243,12 +243,12 @@ def _of_policy(policy: Policy, tokens: int) -> Iterator[tuple[str, dict[str, flo
                 ),
             ),
         )
-    judged = [one for pair in recorded_judgements() for one in pair]
-    sequences = [one.to_predict() for one in judged]
+    completions = [one for pair in recorded_preferences() for one in pair]
+    sequences = [one.for_policy() for one in completions]
     for i, sequence in enumerate(sequences):
         sequence.per_token["ref_log_probs"] = (sequence.loss_mask * (-5.6 + 0.1 * i)).astype(np.float32)
     batch = _batch(policy, sequences, tokens, together=2)
-    num_chosen = float(sum(len(one.completion_ids) for one in judged[0::2]))
+    num_chosen = float(sum(len(one.completion_ids) for one in completions[0::2]))
     for name, preference in PREFERENCES.items():
         loss = resolve_preference_loss(preference, POLICY_LOSSES)
         yield name, _update(policy, batch, PreferenceObjective(preference, loss, batch.counts, num_chosen, 0.3))
@@ -262,10 +262,10 @@ def _of_scalar_model(model: ScalarModel, tokens: int) -> Iterator[tuple[str, dic
     batch = _batch(model, rollouts, tokens)
     critic = AlgorithmConfig(critic=CriticConfig(clip=0.5))
     yield "value", _update(model, batch, ValueObjective(critic, batch.counts, NORM))
-    judged = [one for pair in recorded_judgements() for one in pair]
+    completions = [one for pair in recorded_preferences() for one in pair]
     for name, settings in REWARDS.items():
-        whole = [Judged(one.prompt_ids, one.completion_ids, one.label) for one in judged]
-        sequences = [one.to_read() for one in (judged if name == "process" else whole)]
+        whole = [LabelledCompletion(one.prompt_ids, one.completion_ids, one.label) for one in completions]
+        sequences = [one.for_reward_model() for one in (completions if name == "process" else whole)]
         batch = _batch(model, sequences, tokens, together=2)
         loss = resolve_preference_loss(settings, REWARD_LOSSES)
         yield name, _update(model, batch, RewardObjective(loss, batch.counts))
@@ -286,5 +286,5 @@ def _update(model: Policy, batch: MiniBatch, objective: LossFunction, extras: Se
     # lr 0: the next objective finds the same weights.
     optimizer = Optimizer(OptimizerConfig(lr=0.0), model, num_steps=1)
     optimizer.zero_grad()
-    metrics = forward_backward(model, batch.rows, objective, extras=extras)
+    metrics = forward_backward(model, batch.micro_batches, objective, extras=extras)
     return reduce_metrics(metrics, model.groups.world) | {"grad_norm": optimizer.step().grad_norm}

@@ -1,10 +1,11 @@
 """Every legal layout of a number of ranks, what one step gives there, and what transformers says it must give.
 
-The reference knows nothing of Megatron, rows or ranks: each sequence goes through transformers' model alone, on one
-process, and the same objective is applied to all of them at once. A step at a layout must give its metrics and every
-gradient tensor, joined to its full shape under its Hugging Face name.
+The reference knows nothing of Megatron, micro-batches or ranks: each sequence goes through transformers' model alone,
+on one process, and the same objective is applied to all of them at once. A step at a layout must give its metrics and
+every gradient tensor, joined to its full shape under its Hugging Face name.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, product
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
 from megatron_rl.config.schema import (
@@ -45,7 +47,7 @@ from tests.distributed.training_ranks import recorded_rollouts
 TEMPERATURE = 0.8
 LOSSES = ("sft", "grpo", "ppo")
 MICRO_BATCH_TOKENS = (1, 24, 4096)
-"""One sequence in a row, a few, all of a rank's."""
+"""One sequence in a micro-batch, a few, all of a rank's."""
 
 
 # The contract's bound. float32 rounds at 6e-8, and a gradient sums over 100 tokens and passes 4 layers. Its error is
@@ -98,7 +100,7 @@ def layouts(num_ranks: int, *, experts: int = 0, whole_experts: bool = False) ->
 
 
 GATHERING = (("transformer_config", {"moe_token_dispatcher_type": "allgather"}),)
-"""Megatron's other way of sending tokens to experts, which gathers rows that are filled up to one length."""
+"""Megatron's other way of sending tokens to experts, which gathers micro-batches that are filled up to one length."""
 
 
 def placements(num_ranks: int, **experts: Any) -> Iterator[tuple[dict[str, Any], tuple[tuple[str, Any], ...]]]:
@@ -175,38 +177,34 @@ def step_of_transformers(folder: Path, loss: str, dtype: torch.dtype) -> Step:
     sequences = sequences_of(loss)
     alone: Any = SimpleNamespace(dp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
     batch = MiniBatch.of(sequences, range(len(sequences)), alone, micro_batch_tokens=4096, pad_to_multiple=1)
-    (row,) = batch.rows
+    (micro_batch,) = batch.micro_batches
     log_probs, entropies = [], []
-    for tokens, labels in zip(unpack(row.tokens, row), unpack(row.labels, row), strict=True):
+    for tokens, labels in zip(
+        unpack(micro_batch.tokens, micro_batch), unpack(micro_batch.labels, micro_batch), strict=True
+    ):
         distribution = (model(tokens[None]).logits[0] / TEMPERATURE).log_softmax(-1)
         log_probs.append(distribution.gather(1, labels[:, None])[:, 0])
         entropies.append(-(distribution.exp() * distribution).sum(-1))
-    value, metrics = objective_of(loss, batch)(torch.cat(log_probs), torch.cat(entropies), row)
+    value, metrics = objective_of(loss, batch)(torch.cat(log_probs), torch.cat(entropies), micro_batch)
     value.backward()
-    gradients: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradients |= as_stored(name, parameter.grad, stacked=model.config.model_type == "gpt_oss")
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = as_stored(model, found)
     norm = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
     return reduce_metrics(metrics, None) | {"optim/grad_norm": norm}, gradients
 
 
-def as_stored(name: str, gradient: torch.Tensor, *, stacked: bool) -> dict[str, torch.Tensor]:
-    """By the names of the checkpoint, which keeps the experts apart that transformers' model stacks; if it stacks them
-    as well, the parts have the number of the expert behind the name."""
-    prefix, experts, kind = name.partition(".mlp.experts.")
-    if not experts:
-        return {name: gradient}
-    if stacked:
-        return {f"{name}[{expert}]": of_expert for expert, of_expert in enumerate(gradient)}
-    parts = {"down_proj": gradient}
-    if kind == "gate_up_proj":
-        parts = dict(zip(("gate_proj", "up_proj"), gradient.chunk(2, dim=1), strict=True))
-    return {
-        f"{prefix}{experts}{expert}.{part}.weight": of_all[expert]
-        for part, of_all in parts.items()
-        for expert in range(len(gradient))
-    }
+def as_stored(model: PreTrainedModel, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients by the names that transformers saves their parameters under, which may differ from the model's own
+    names (Mixtral) and keep apart the experts that the model stacks.
+
+    A checkpoint that stacks its experts as well (GPT-OSS) has the number of the expert behind the name here."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, gradient in revert_weight_conversion(model, gradients).items():
+        if re.search(r"\.mlp\.experts\.[a-z]", name):
+            stored |= {f"{name}[{expert}]": of_expert for expert, of_expert in enumerate(gradient)}
+        else:
+            stored[name] = gradient
+    return stored
 
 
 def visit(rank: int, folder: Path, cases: list[Case], expected: Path) -> list[str]:
@@ -251,10 +249,10 @@ class Stepper:
             groups,
             micro_batch_tokens=case.micro_batch_tokens,
             pad_to_multiple=1,
-            num_rows_multiple=groups.pp.size() if self.parallel.virtual_pipeline_model_parallel_size else 1,
+            num_micro_batches_multiple=groups.pp.size() if self.parallel.virtual_pipeline_model_parallel_size else 1,
         )
         self.optimizer.zero_grad()
-        found = forward_backward(policy, batch.rows, objective_of(case.loss, batch), temperature=TEMPERATURE)
+        found = forward_backward(policy, batch.micro_batches, objective_of(case.loss, batch), temperature=TEMPERATURE)
         metrics = reduce_metrics(found, groups.world)
         self.optimizer.megatron.prepare_grads()
         metrics["optim/grad_norm"] = float(self.optimizer.megatron.get_grad_norm())

@@ -29,9 +29,9 @@ def values_of(
     """The value of every token; the last token of each sequence is read too, its label is no token of it."""
     model = start_scalar_model(checkpoint, layout, per_token=per_token)
     training = [TrainingSequence(np.array([*s, 0]), np.ones(len(s), dtype=np.float32)) for s in sequences]
-    row = pack(training, range(len(training)), pad_to_multiple=2)
-    (values,) = forward_values(model, [row])
-    return [part.numpy() for part in unpack(values, row)]
+    micro_batch = pack(training, range(len(training)), pad_to_multiple=2)
+    (values,) = forward_values(model, [micro_batch])
+    return [part.numpy() for part in unpack(values, micro_batch)]
 
 
 def export_scalar(rank: int, checkpoint: Path, layout: str, per_token: bool, output: Path) -> None:

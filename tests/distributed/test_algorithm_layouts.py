@@ -22,7 +22,7 @@ from tests.distributed.training_ranks import LAYOUTS, recorded_rollouts
 
 # Sums over tokens and ranks in another order: float32 rounds at 6e-8, and a norm sums hundreds of terms.
 RELATIVE = 2e-5
-WHOLE, SMALL = 4096, 24  # micro_batch_tokens: one row for everything, or many rows
+WHOLE, SMALL = 4096, 24  # micro_batch_tokens: one micro-batch for everything, or many micro-batches
 
 Checkpoints = tuple[Path, Path, Path]
 

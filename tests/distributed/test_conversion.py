@@ -125,11 +125,11 @@ def visit(rank: int, layout: str, case: Case, output: Path) -> dict[str, list[np
 
 def policy_log_probs(policy: Policy, sequences: list[list[int]]) -> list[np.ndarray]:
     training = [TrainingSequence(np.array(s), np.ones(len(s) - 1, dtype=np.float32)) for s in sequences]
-    row = pack(training, range(len(training)), pad_to_multiple=2)
-    # The interleaved schedule takes as many rows as there are stages.
-    rows = [row] * (policy.groups.pp.size() if len(policy.chunks) > 1 else 1)
-    log_probs, _ = forward_log_probs(policy, rows)[-1]
-    return [part.numpy() for part in unpack(log_probs, row)]
+    micro_batch = pack(training, range(len(training)), pad_to_multiple=2)
+    # The interleaved schedule takes as many micro-batches as there are stages.
+    micro_batches = [micro_batch] * (policy.groups.pp.size() if len(policy.chunks) > 1 else 1)
+    log_probs, _ = forward_log_probs(policy, micro_batches)[-1]
+    return [part.numpy() for part in unpack(log_probs, micro_batch)]
 
 
 def save_trained(policy: Policy, output: Path) -> None:
@@ -146,7 +146,9 @@ def train_a_step(policy: Policy) -> Optimizer:
     sequences = recorded_rollouts()
     batch = MiniBatch.of(sequences, range(12), policy.groups, micro_batch_tokens=64, pad_to_multiple=2)
     optimizer.zero_grad()
-    forward_backward(policy, batch.rows, SupervisedObjective(AlgorithmConfig(), batch.counts, token_sum_norm=1.0))
+    forward_backward(
+        policy, batch.micro_batches, SupervisedObjective(AlgorithmConfig(), batch.counts, token_sum_norm=1.0)
+    )
     assert optimizer.step().finite
     return optimizer
 

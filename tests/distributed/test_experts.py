@@ -1,4 +1,4 @@
-"""Routing replay, auxiliary losses and the aux-free bias, at layouts that split rows and experts."""
+"""Routing replay, auxiliary losses and the aux-free bias, at layouts that split micro-batches and experts."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of it is imported)
 from megatron_rl.algorithms.metrics import Metric
 from megatron_rl.config.schema import Dtype, ModelConfig, ParallelConfig
-from megatron_rl.data.packing import PackedRow, pack
+from megatron_rl.data.packing import MicroBatch, pack
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.initialize import initialize
 from megatron_rl.engine.policy import Policy
@@ -52,7 +52,7 @@ def build(checkpoint: Path, layout: dict[str, Any], **model: Any) -> Policy:
     return Policy(settings, groups, parallel, use_distributed_optimizer=False)
 
 
-def row_of(lengths: list[int], seed: int) -> PackedRow:
+def micro_batch_of(lengths: list[int], seed: int) -> MicroBatch:
     rng = np.random.default_rng(seed)
     sequences = [TrainingSequence(rng.integers(3, 259, n + 1), np.ones(n, dtype=np.float32)) for n in lengths]
     return pack(sequences, range(len(lengths)), pad_to_multiple=1)
@@ -68,16 +68,16 @@ def chosen(policy: Policy) -> tuple[list[torch.Tensor], list[Any]]:
 def replay(rank: int, checkpoint: Path, layout: dict[str, Any]) -> tuple[int, int, int]:
     """(choices, those that differ from the record in a replay, those that differ without), after the weights moved."""
     policy = build(checkpoint, layout, moe_routing_replay=True)
-    rows = [row_of([7, 3], 1), row_of([5], 2)]
+    micro_batches = [micro_batch_of([7, 3], 1), micro_batch_of([5], 2)]
     with policy.routing.recording():
-        before = forward_log_probs(policy, rows)
+        before = forward_log_probs(policy, micro_batches)
     recorded = [
         torch.zeros(len(indices), EXPERTS, dtype=torch.bool).scatter(1, indices.long(), True)
-        for of_row in policy.routing.routes()
-        for indices in of_row
+        for of_micro_batch in policy.routing.routes()
+        for indices in of_micro_batch
     ]
     with policy.routing.replaying():
-        again = forward_log_probs(policy, rows)
+        again = forward_log_probs(policy, micro_batches)
     for (one, _), (other, _) in zip(before, again, strict=True):
         assert torch.equal(one, other)  # the weights have not moved, so neither have the choices
     with torch.no_grad():
@@ -86,14 +86,16 @@ def replay(rank: int, checkpoint: Path, layout: dict[str, Any]) -> tuple[int, in
                 parameter.mul_(1 + 0.5 * torch.sin(torch.arange(parameter.numel()).view_as(parameter)))
     maps, _ = chosen(policy)
 
-    def loss(log_probs: torch.Tensor, entropy: torch.Tensor, row: PackedRow) -> tuple[torch.Tensor, dict[str, Metric]]:
+    def loss(
+        log_probs: torch.Tensor, entropy: torch.Tensor, micro_batch: MicroBatch
+    ) -> tuple[torch.Tensor, dict[str, Metric]]:
         return log_probs.sum(), {}
 
     with policy.routing.replaying():
-        forward_backward(policy, rows, loss)
+        forward_backward(policy, micro_batches, loss)
     differ = sum(int((a != b).any(1).sum()) for a, b in zip(maps, recorded, strict=True))
     maps.clear()
-    forward_log_probs(policy, rows)
+    forward_log_probs(policy, micro_batches)
     moved = sum(int((a != b).any(1).sum()) for a, b in zip(maps, recorded, strict=True))
     leave()
     return sum(len(one) for one in recorded), differ, moved
@@ -108,12 +110,12 @@ def test_routes_are_replayed(checkpoint: Path, layout: str) -> None:
         assert moved > 0  # so that the replay had something to do
 
 
-def balancing_rows(name: str, rank: int) -> list[PackedRow]:
-    """Lengths that every split must fill up; with `_empty` a rank has no work, with `_twice` the row twice."""
-    row = row_of([7, 3], 1)
+def balancing_micro_batches(name: str, rank: int) -> list[MicroBatch]:
+    """Lengths that every split must fill up; with `_empty` a rank has no work, with `_twice` the micro-batch twice."""
+    micro_batch = micro_batch_of([7, 3], 1)
     if name.endswith("_empty") and rank == 1:
         return [pack([], [], pad_to_multiple=1)]
-    return [row] * (2 if name.endswith("_twice") else 1)
+    return [micro_batch] * (2 if name.endswith("_twice") else 1)
 
 
 def auxiliary_gradients(rank: int, checkpoint: Path, names: list[str]) -> list[torch.Tensor]:
@@ -129,8 +131,8 @@ def auxiliary_gradients(rank: int, checkpoint: Path, names: list[str]) -> list[t
                 "moe_z_loss_coeff": COEFFICIENT,
             },
         )
-        rows = balancing_rows(name, rank)
-        forward_backward(policy, rows, lambda log_probs, entropy, row: (0.0 * log_probs.sum(), {}))
+        micro_batches = balancing_micro_batches(name, rank)
+        forward_backward(policy, micro_batches, lambda log_probs, entropy, micro_batch: (0.0 * log_probs.sum(), {}))
         gradients = whole_gradients(policy)
         results.append(gradients.get(f"model.layers.{LAYERS - 1}.mlp.gate.weight", torch.zeros(0)))
         leave()
@@ -145,7 +147,7 @@ def expected_auxiliary_gradient(rank: int, checkpoint: Path) -> torch.Tensor:
     (router,) = [m for m in policy.models[0].decoder.layers[-1].modules() if isinstance(m, TopKRouter)]
     inputs: list[torch.Tensor] = []
     router.register_forward_hook(lambda module, given, out: inputs.append(given[0]))
-    forward_log_probs(policy, balancing_rows("one", rank))
+    forward_log_probs(policy, balancing_micro_batches("one", rank))
     weight = router.weight.detach().double().requires_grad_()
     logits = inputs[0].flatten(0, 1).double() @ weight.T
     probabilities = logits.softmax(-1)
@@ -185,15 +187,15 @@ def test_auxiliary_losses_do_not_depend_on_the_layout(
 
 
 def moved_biases(rank: int, folder: Path, names: list[str]) -> list[dict[str, torch.Tensor]]:
-    """How far the biases of this rank's routers moved in a step of two rows, at layouts."""
+    """How far the biases of this rank's routers moved in a step of two micro-batches, at layouts."""
     results = []
     for name in names:
         layout = LAYOUTS[name.removesuffix("_empty")][1]
         policy = build(folder, layout, transformer_config={"moe_router_bias_update_rate": BIAS_RATE})
         before = {n: p.clone() for n, p in policy.parameters.items() if n.endswith("expert_bias")}
-        rows = balancing_rows(name, rank) * 2
-        forward_log_probs(policy, rows)  # passes without gradient do not count
-        forward_backward(policy, rows, lambda log_probs, entropy, row: (log_probs.sum(), {}))
+        micro_batches = balancing_micro_batches(name, rank) * 2
+        forward_log_probs(policy, micro_batches)  # passes without gradient do not count
+        forward_backward(policy, micro_batches, lambda log_probs, entropy, micro_batch: (log_probs.sum(), {}))
         results.append({n: policy.parameters[n] - bias for n, bias in before.items()})
         leave()
     return results
@@ -203,7 +205,7 @@ def expected_moves(rank: int, folder: Path) -> dict[str, torch.Tensor]:
     """rate * sign(mean - count), by what the routers chose (Wang et al. 2024, arXiv:2408.15664, algorithm 1)."""
     policy = build(folder, {})
     maps, _ = chosen(policy)
-    forward_log_probs(policy, balancing_rows("one", rank))
+    forward_log_probs(policy, balancing_micro_batches("one", rank))
     names = [n for n in policy.parameters if n.endswith("expert_bias")]
     counts = [one.sum(0).float() for one in maps]
     return {name: BIAS_RATE * (c.mean() - c).sign() for name, c in zip(names, counts, strict=True)}

@@ -13,7 +13,7 @@ import megatron_rl.device  # noqa: F401  (prepares Megatron-Core before any of i
 from megatron_rl.algorithms.aggregation import GlobalCounts
 from megatron_rl.algorithms.metrics import Metric
 from megatron_rl.config.schema import AlgorithmConfig, Dtype, KLConfig, ModelConfig, SupervisedConfig
-from megatron_rl.data.packing import PackedRow, pack
+from megatron_rl.data.packing import MicroBatch, pack
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.reference import Teacher, reference_logits
@@ -34,27 +34,29 @@ def sequences() -> list[TrainingSequence]:
 
 
 class Whole:
-    """A loss of the whole row: the two-pass head."""
+    """A loss of the whole micro-batch: the two-pass head."""
 
-    def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Any:
+    def __call__(self, log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> Any:
         weights = torch.tensor(WEIGHTS * len(log_probs))[: len(log_probs)]
-        losses = torch.where(row.loss_mask > 0, weights * log_probs - 0.1 * entropy, 0.0)
+        losses = torch.where(micro_batch.loss_mask > 0, weights * log_probs - 0.1 * entropy, 0.0)
         return losses.sum(), {"loss": Metric("sum", float(losses.detach().sum()))}
 
 
 class TokenByToken(Whole):
     """The same, said token by token: the single-pass head."""
 
-    def token_losses(self, row: PackedRow) -> Any:
-        weights = torch.tensor(WEIGHTS * len(row.tokens))[: len(row.tokens)] * row.loss_mask
-        return lambda log_probs, entropy, tokens: weights[tokens] * log_probs - 0.1 * row.loss_mask[tokens] * entropy
+    def token_losses(self, micro_batch: MicroBatch) -> Any:
+        weights = torch.tensor(WEIGHTS * len(micro_batch.tokens))[: len(micro_batch.tokens)] * micro_batch.loss_mask
+        return lambda log_probs, entropy, tokens: (
+            weights[tokens] * log_probs - 0.1 * micro_batch.loss_mask[tokens] * entropy
+        )
 
 
 class Inherited(TokenByToken):
     """Another loss, which inherited the method: it must not be taken for the parent's."""
 
-    def __call__(self, log_probs: Tensor, entropy: Tensor, row: PackedRow) -> Any:
-        loss = super().__call__(log_probs, entropy, row)[0] * 2
+    def __call__(self, log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> Any:
+        loss = super().__call__(log_probs, entropy, micro_batch)[0] * 2
         return loss, {"loss": Metric("sum", float(loss.detach()))}
 
 
@@ -64,18 +66,18 @@ SMOOTHING, KL = 0.1, 0.5
 """Of the third objective: label smoothing, and the exact KL from another checkpoint, per token."""
 
 
-def supervised(policy: Any, teacher: Path, layout: str, row: PackedRow) -> Any:
+def supervised(policy: Any, teacher: Path, layout: str, micro_batch: MicroBatch) -> Any:
     """The objective of such a run."""
     algorithm = AlgorithmConfig(
         supervised=SupervisedConfig("label_smoothed", {"smoothing": SMOOTHING}), kl=KLConfig(coefficient=KL)
     )
-    counts = GlobalCounts(num_tokens=float(row.loss_mask.sum()), num_sequences=3.0)
+    counts = GlobalCounts(num_tokens=float(micro_batch.loss_mask.sum()), num_sequences=3.0)
     from tests.distributed.training_ranks import parallel_of
 
     settings = ModelConfig(hf_path=str(teacher), params_dtype=Dtype.float32)
     reference = Teacher(Policy(settings, policy.groups, parallel_of(layout), trained=False))
     loss = resolve_supervised_loss(algorithm.supervised)
-    return SupervisedObjective(algorithm, counts, 1.0, loss, reference_logits(reference, policy, [row]))
+    return SupervisedObjective(algorithm, counts, 1.0, loss, reference_logits(reference, policy, [micro_batch]))
 
 
 def all_gradients(
@@ -108,31 +110,31 @@ def gradients_of(checkpoint: Path, teacher: Path, layout: str, parameter: str) -
     finally:
         policy_module.DistributedDataParallelConfig = settings
     groups, found = policy.groups, {}
-    row = pack(sequences(), range(3), pad_to_multiple=2)
+    micro_batch = pack(sequences(), range(3), pad_to_multiple=2)
     objectives = {name: objective() for name, objective in OBJECTIVES.items()}
-    objectives[SUPERVISED] = supervised(policy, teacher, layout, row)
+    objectives[SUPERVISED] = supervised(policy, teacher, layout, micro_batch)
     for name, objective in objectives.items():
         for chunk in policy.chunks:
             chunk.zero_grad_buffer()
-        metrics = forward_backward(policy, [row], objective, temperature=0.8)
+        metrics = forward_backward(policy, [micro_batch], objective, temperature=0.8)
         weight = policy.parameters.get(parameter)
         assert weight is None or weight.grad is None  # only main_grad may hold it
         grad = None if weight is None else weight.main_grad.clone().numpy()
         loss = metrics.get("loss", metrics.get("sft/loss")) if metrics else None
         found[name] = (None if loss is None else loss.value, groups.tp.rank(), grad)
     if layout == "tp1":
-        check_inherited(policy, row)
+        check_inherited(policy, micro_batch)
     return found
 
 
-def check_inherited(policy: Any, row: PackedRow) -> None:
+def check_inherited(policy: Any, micro_batch: MicroBatch) -> None:
     from megatron_rl.engine.step import forward_backward
 
     norms = []
     for objective in (Whole(), Inherited()):
         for chunk in policy.chunks:
             chunk.zero_grad_buffer()
-        forward_backward(policy, [row], objective, temperature=0.8)
+        forward_backward(policy, [micro_batch], objective, temperature=0.8)
         norms.append(sum(float(p.main_grad.double().square().sum()) for p in policy.parameters.values()) ** 0.5)
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-5)
 
@@ -174,7 +176,7 @@ def test_gradients_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 def check_gradients(of_ranks: list[Any], loss: float, expected: np.ndarray, *, replicas: int) -> None:
-    """The shards joined are the expected gradient, times the replicas, each of which computes the same row."""
+    """The shards joined are the expected gradient, times the replicas, each of which computes the same micro-batch."""
     shards = {tp_rank: grad for _, tp_rank, grad in of_ranks if grad is not None}
     grad = np.concatenate([shards[i] for i in sorted(shards)])[:259]
     # float32 sums in another order; gradients are of the order 1.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.distributed.layout_matrix import (
     RELATIVE,
     Case,
@@ -24,14 +24,25 @@ from tests.distributed.spawn import run_ranks
 
 # 4 layers are what 4 pipeline stages need, or 2 of 2 chunks each. Small beside the family's own, for time.
 SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4)
-FAMILIES: dict[str, dict[str, Any]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen3_untied": {},
     "qwen3_moe": {"experts": 4},
     "deepseek_v3": {"experts": 8},
     "gpt_oss": {"experts": 4, "whole_experts": True},
 }
-"""Family -> what `layouts` asks of its experts."""
+"""One family of each kind -> what `layouts` asks of its experts. These meet everything with everything."""
+OTHERS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"experts": 8},
+    "llama": {},
+    "mistral": {},
+    "mixtral": {"experts": 4},
+    "moonlight": {"experts": 8},
+    "nemotron": {},
+    "qwen2": {},
+    "qwen2_tied": {},
+}
+"""The other families, likewise. These meet each layout once."""
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +76,15 @@ def check(root: Path, family: str, num_ranks: int, cases: list[Case], timeout_s:
         pytest.param("qwen3_moe", 4, 9, marks=pytest.mark.slow),
         ("deepseek_v3", 2, 3),
         ("gpt_oss", 2, 3),
+        ("mixtral", 1, 1),
+        ("mixtral", 2, 3),
+        *(pytest.param(family, 2, 1, marks=pytest.mark.slow) for family in OTHERS),
+        *(pytest.param(family, 4, 3, marks=pytest.mark.slow) for family in OTHERS),
     ],
 )
 def test_some_of_everything(root: Path, family: str, num_ranks: int, every: int) -> None:
     """Each layout, or every so manieth, with another loss and size of micro-batches."""
-    check(root, family, num_ranks, some_cases(num_ranks, **FAMILIES[family])[::every], 300.0)
+    check(root, family, num_ranks, some_cases(num_ranks, **(KINDS | OTHERS)[family])[::every], 300.0)
 
 
 @pytest.mark.slow
@@ -78,13 +93,17 @@ def test_some_of_everything(root: Path, family: str, num_ranks: int, every: int)
     ("num_ranks", "stages", "tensor"),
     [(ranks, pp, tp) for ranks in (1, 2, 4) for pp in (1, 2, 4) for tp in (1, 2, 4) if ranks % (pp * tp) == 0],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_everything(root: Path, family: str, num_ranks: int, stages: int, tensor: int) -> None:
     """Each layout, way of sending tokens to experts, loss and size of micro-batches; in pieces, for a busy machine."""
     piece = dict(pipeline_model_parallel_size=stages, tensor_model_parallel_size=tensor)
-    cases = [c for c in all_cases(num_ranks, **FAMILIES[family]) if c.layout.items() >= piece.items()]
+    cases = [c for c in all_cases(num_ranks, **KINDS[family]) if c.layout.items() >= piece.items()]
     assert cases
     check(root, family, num_ranks, cases, 3000.0)
+
+
+def test_every_family_is_met() -> None:
+    assert set(KINDS | OTHERS) == set(FAMILIES)
 
 
 def test_what_is_wrong_is_seen(root: Path) -> None:

@@ -13,7 +13,7 @@ from tests.distributed.training_ranks import LAYOUTS, train_recorded
 # carry it on. The bound is the contract's.
 RELATIVE = 1e-5
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-WHOLE, SMALL = 4096, 24  # micro_batch_tokens: one row for everything, or many rows
+WHOLE, SMALL = 4096, 24  # micro_batch_tokens: one micro-batch for everything, or many micro-batches
 
 
 @pytest.fixture(scope="module")

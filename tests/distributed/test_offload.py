@@ -32,11 +32,11 @@ def steps_in_rank(rank: int, checkpoint: Path, offloads: bool) -> dict[str, Any]
             policy.groups,
             micro_batch_tokens=64,
             pad_to_multiple=1,
-            num_rows_multiple=1,
+            num_micro_batches_multiple=1,
         )
         objective = SupervisedObjective(AlgorithmConfig(), batch.counts, token_sum_norm=1.0)
         optimizer.zero_grad()
-        forward_backward(policy, batch.rows, objective, temperature=1.0)
+        forward_backward(policy, batch.micro_batches, objective, temperature=1.0)
         norms.append(optimizer.step().grad_norm)
         if offloads:
             memory.free()

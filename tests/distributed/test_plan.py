@@ -49,7 +49,7 @@ def measured(rank: int, root: Path) -> list[tuple[dict[str, int], dict[str, int]
         optimizer = Optimizer(config.optimizer, policy, num_steps=1)
         sequences = sequences_of("grpo")
         batch = MiniBatch.of(sequences, range(12), groups, micro_batch_tokens=4096, pad_to_multiple=1)
-        forward_backward(policy, batch.rows, objective_of("grpo", batch))
+        forward_backward(policy, batch.micro_batches, objective_of("grpo", batch))
         optimizer.step()
         placed = layout_of(config, 2)
         etp = placed.expert_tensor_parallel_size or placed.tensor_model_parallel_size
@@ -93,7 +93,7 @@ def test_the_plan_is_what_is_allocated(tmp_path: Path) -> None:
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-ROW_TOKENS, NUM_ROWS = 512, 3
+MICRO_BATCH_TOKENS, NUM_MICRO_BATCHES = 512, 3
 KEPT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("qwen3", {}, {}),
     ("qwen3", {}, FULL),
@@ -146,7 +146,7 @@ class Kept:
 def kept_and_planned(rank: int, root: Path) -> list[tuple[int, int]]:
     """(most bytes kept, bytes planned) of this rank's activations, of each case."""
     rng = np.random.default_rng(0)
-    lengths = (ROW_TOKENS // 2, ROW_TOKENS // 2)
+    lengths = (MICRO_BATCH_TOKENS // 2, MICRO_BATCH_TOKENS // 2)
     sequences = [TrainingSequence(rng.integers(3, 250, n + 1), np.ones(n, dtype=np.float32)) for n in lengths]
     results = []
     for family, layout, model in KEPT:
@@ -154,18 +154,18 @@ def kept_and_planned(rank: int, root: Path) -> list[tuple[int, int]]:
         config.model = ModelConfig(
             hf_path=str(root / family), params_dtype=Dtype.float32, layer_spec=LayerSpec.portable, **model
         )
-        config.train.micro_batch_tokens = ROW_TOKENS
+        config.train.micro_batch_tokens = MICRO_BATCH_TOKENS
         groups = initialize(config.parallel, seed=1)
         policy = Policy(config.model, groups, config.parallel)
-        rows = [pack(sequences, [0, 1], pad_to_multiple=1) for _ in range(NUM_ROWS)]
+        micro_batches = [pack(sequences, [0, 1], pad_to_multiple=1) for _ in range(NUM_MICRO_BATCHES)]
         kept = Kept(policy)
         with kept.watch():
-            forward_backward(policy, rows, lambda log_probs, entropy, row: (log_probs.sum(), {}))
+            forward_backward(policy, micro_batches, lambda log_probs, entropy, micro_batch: (log_probs.sum(), {}))
         placed = layout_of(config, 2)
         sizes = model_sizes(
             read_json_object(root / family / "config.json", "x"), tp=groups.tp.size(), etp=groups.etp.size()
         )
-        tokens = NUM_ROWS * ROW_TOKENS * placed.data_parallel_size
+        tokens = NUM_MICRO_BATCHES * MICRO_BATCH_TOKENS * placed.data_parallel_size
         stage = plan(config, sizes, placed, tokens_per_step=tokens).stages[groups.pp.rank()]
         results.append((kept.most, stage.activations))
         leave()

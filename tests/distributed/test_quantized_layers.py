@@ -38,9 +38,9 @@ def quantized_policy(rank: int, parallel: ParallelConfig, folder: Path, saved: s
     settings = ModelConfig(hf_path=str(folder), params_dtype=Dtype.float32, quantization=QuantizedFormat.fp8)
     policy = Policy(settings, groups, parallel)
     sequences = [TrainingSequence(np.array(s), np.ones(len(s) - 1, dtype=np.float32)) for s in SEQUENCES]
-    row = pack(sequences, range(len(sequences)), pad_to_multiple=policy.row_multiple)
-    ((log_probs, _),) = forward_log_probs(policy, [row])
-    found: dict[str, Any] = {"log_probs": torch.cat(unpack(log_probs, row))}
+    micro_batch = pack(sequences, range(len(sequences)), pad_to_multiple=policy.token_multiple)
+    ((log_probs, _),) = forward_log_probs(policy, [micro_batch])
+    found: dict[str, Any] = {"log_probs": torch.cat(unpack(log_probs, micro_batch))}
     if groups.pp.rank() == 0:
         layer = policy.models[0].decoder.layers[0].mlp.linear_fc2
         inputs = torch.randn(5, 1, 256, generator=torch.Generator().manual_seed(0))

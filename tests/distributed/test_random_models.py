@@ -65,10 +65,12 @@ def policy_logits(policy: Any, sequence: list[int]) -> np.ndarray | None:
     from megatron_rl.data.samples import TrainingSequence
     from megatron_rl.engine.step import forward_hidden
 
-    padded = [*sequence, 0]  # a row holds one token less than its sequences: the last is only a label
-    row = pack([TrainingSequence(np.array(padded), np.ones(len(sequence), dtype=np.float32))], [0], pad_to_multiple=4)
-    rows = [row] * (policy.groups.pp.size() if len(policy.chunks) > 1 else 1)
-    hidden = forward_hidden(policy, rows)
+    padded = [*sequence, 0]  # a micro-batch holds one token less than its sequences: the last is only a label
+    micro_batch = pack(
+        [TrainingSequence(np.array(padded), np.ones(len(sequence), dtype=np.float32))], [0], pad_to_multiple=4
+    )
+    micro_batches = [micro_batch] * (policy.groups.pp.size() if len(policy.chunks) > 1 else 1)
+    hidden = forward_hidden(policy, micro_batches)
     if not policy.groups.is_last_stage:
         return None
     gpt, tp, last = policy.models[-1], policy.groups.tp, hidden[-1]

@@ -72,33 +72,33 @@ def replayed(rank: int, first: Path, folder: Path, engine_args: dict[str, Any]) 
         TrainingSequence(ids, np.ones(len(ids) - 1, dtype=np.float32))
         for ids in (np.array(prompt.token_ids + completion.token_ids) for prompt, completion in samples)
     ]
-    rows = [pack(sequences, row, pad_to_multiple=4) for row in ([0, 4, 1], [2, 5], [3])]
+    micro_batches = [pack(sequences, micro_batch, pad_to_multiple=4) for micro_batch in ([0, 4, 1], [2, 5], [3])]
     found: dict[str, Any] = {
         "shapes": [routes.shape for routes in recorded],
         "lengths": [sequence.num_positions for sequence in sequences],
     }
     policy = build(folder, {})
     with policy.routing.recording():
-        forward_log_probs(policy, rows)
-    found["differ_from_own"] = differing(policy.routing.routes(), rows, recorded)
+        forward_log_probs(policy, micro_batches)
+    found["differ_from_own"] = differing(policy.routing.routes(), micro_batches, recorded)
     move_routers(policy)
     with policy.routing.recording():
-        free = forward_log_probs(policy, rows)
-    found["moved"] = differing(policy.routing.routes(), rows, recorded)
-    policy.routing.take(rows, recorded)
+        free = forward_log_probs(policy, micro_batches)
+    found["moved"] = differing(policy.routing.routes(), micro_batches, recorded)
+    policy.routing.take(micro_batches, recorded)
     with policy.routing.replaying():
-        expected = forward_log_probs(policy, rows)
-        chosen = chosen_in_a_pass(policy, rows)
-    found["differ_in_replay"] = differing(chosen, rows, recorded)
+        expected = forward_log_probs(policy, micro_batches)
+        chosen = chosen_in_a_pass(policy, micro_batches)
+    found["differ_in_replay"] = differing(chosen, micro_batches, recorded)
     found["effect"] = largest(free, expected)
     leave()
     found["errors"] = []
     for layout in LAYOUTS if dist.get_world_size() == 2 else []:
         policy = build(folder, layout)
         move_routers(policy)
-        policy.routing.take(rows, recorded)
+        policy.routing.take(micro_batches, recorded)
         with policy.routing.replaying():
-            found["errors"].append(largest(forward_log_probs(policy, rows), expected))
+            found["errors"].append(largest(forward_log_probs(policy, micro_batches), expected))
         leave()
     return found
 
@@ -127,8 +127,8 @@ def move_routers(policy: Any) -> None:
                 parameter.mul_(1 + 0.5 * torch.sin(torch.arange(parameter.numel()).view_as(parameter)))
 
 
-def chosen_in_a_pass(policy: Any, rows: Any) -> list[list[torch.Tensor]]:
-    """For each row and layer what its router gave, whatever it was told: [tokens, topk]."""
+def chosen_in_a_pass(policy: Any, micro_batches: Any) -> list[list[torch.Tensor]]:
+    """For each micro-batch and layer what its router gave, whatever it was told: [tokens, topk]."""
     from megatron.core.transformer.moe.router import TopKRouter
 
     from megatron_rl.engine.step import forward_log_probs
@@ -136,19 +136,19 @@ def chosen_in_a_pass(policy: Any, rows: Any) -> list[list[torch.Tensor]]:
     routers = [m for m in policy.models[0].modules() if isinstance(m, TopKRouter)]
     maps: list[torch.Tensor] = []
     hooks = [r.register_forward_hook(lambda module, given, out: maps.append(out[1].clone())) for r in routers]
-    forward_log_probs(policy, rows)
+    forward_log_probs(policy, micro_batches)
     for hook in hooks:
         hook.remove()
     indices = [one.nonzero()[:, 1].view(len(one), -1) for one in maps]
     return [indices[start : start + len(routers)] for start in range(0, len(indices), len(routers))]
 
 
-def differing(chosen: Any, rows: Any, recorded: Any) -> int:
+def differing(chosen: Any, micro_batches: Any, recorded: Any) -> int:
     """Choices of a token in a layer that are another set of experts than recorded, on one rank without padding."""
     count = 0
-    for of_row, row in zip(chosen, rows, strict=True):
-        expected = torch.cat([torch.from_numpy(recorded[i].astype(np.int64)) for i in row.sequence_ids])
-        for layer, indices in enumerate(of_row):
+    for of_micro_batch, micro_batch in zip(chosen, micro_batches, strict=True):
+        expected = torch.cat([torch.from_numpy(recorded[i].astype(np.int64)) for i in micro_batch.sequence_ids])
+        for layer, indices in enumerate(of_micro_batch):
             own = indices.long()[: len(expected)].sort(dim=1).values
             count += int((own != expected[:, layer].sort(dim=1).values).any(1).sum())
     return count

@@ -85,7 +85,7 @@ def train_a_step(trained: Trained, step: int) -> dict[str, float]:
         objective = PolicyGradientObjective(
             algorithm, batch.counts, 1.0, policy_loss=loss, on_policy=False, kl_coefficient=0.0
         )
-    metrics = forward_backward(trained.model, batch.rows, objective, extras=extras)
+    metrics = forward_backward(trained.model, batch.micro_batches, objective, extras=extras)
     update = trained.optimizer.step()
     row = reduce_metrics(metrics, trained.model.groups.world)
     return row | {"grad_norm": update.grad_norm, "lr": update.lr}

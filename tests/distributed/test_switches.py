@@ -54,10 +54,15 @@ def weights_after_steps(rank: int, folder: Path, layout: dict[str, Any], distrib
     sequences = sequences_of("grpo")
     for _ in range(3):
         batch = MiniBatch.of(
-            sequences, range(12), groups, micro_batch_tokens=24, pad_to_multiple=1, num_rows_multiple=groups.pp.size()
+            sequences,
+            range(12),
+            groups,
+            micro_batch_tokens=24,
+            pad_to_multiple=1,
+            num_micro_batches_multiple=groups.pp.size(),
         )
         optimizer.zero_grad()
-        forward_backward(policy, batch.rows, objective_of("grpo", batch))
+        forward_backward(policy, batch.micro_batches, objective_of("grpo", batch))
         assert optimizer.step().finite
     weights = {name: parameter.detach().clone() for name, parameter in policy.parameters.items()}
     leave()

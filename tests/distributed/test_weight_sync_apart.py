@@ -15,7 +15,7 @@ from megatron_rl.config.schema import RolloutConfig, SyncTransport
 from megatron_rl.rollout import server
 from megatron_rl.rollout.remote import server_arguments
 from megatron_rl.rollout.server import EngineServer
-from tests.distributed.recording_doors import FOLDER_VARIABLE
+from tests.distributed.recording_extension import FOLDER_VARIABLE
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_weight_sync import WITH_EXPERTS
 from tests.distributed.weight_sync_ranks import (
@@ -37,7 +37,7 @@ def started(
     checkpoints: Checkpoints, sizes: list[int], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[list[EngineServer]]:
     """Servers of the first checkpoint, one of each size, that record what they are filled with."""
-    monkeypatch.setattr(server, "_WORKER_EXTENSION", "tests.distributed.recording_doors.RecordingDoors")
+    monkeypatch.setattr(server, "_WORKER_EXTENSION", "tests.distributed.recording_extension.RecordingExtension")
     with ExitStack() as stack:
         servers = []
         for number, size in enumerate(sizes):

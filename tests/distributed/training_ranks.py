@@ -113,7 +113,7 @@ def _train(policy: Policy, micro_batch_tokens: int, kind: str) -> list[dict[str,
             policy.groups,
             micro_batch_tokens=micro_batch_tokens,
             pad_to_multiple=1,
-            num_rows_multiple=policy.groups.pp.size(),
+            num_micro_batches_multiple=policy.groups.pp.size(),
         )
         if kind == "sft":
             objective = SupervisedObjective(algorithm, batch.counts, token_sum_norm=16.0)
@@ -127,7 +127,7 @@ def _train(policy: Policy, micro_batch_tokens: int, kind: str) -> list[dict[str,
                 kl_coefficient=algorithm.kl.coefficient,
             )
         optimizer.zero_grad()
-        metrics = forward_backward(policy, batch.rows, objective, temperature=0.8)
+        metrics = forward_backward(policy, batch.micro_batches, objective, temperature=0.8)
         update = optimizer.step()
         row = reduce_metrics(metrics, policy.groups.world)
         rows.append(row | {"grad_norm": update.grad_norm, "lr": update.lr})
@@ -138,9 +138,9 @@ def log_probs_of(rank: int, checkpoint: Path, layout: str, sequences: list[list[
     """Log-probs of every token after the first of each sequence, at a layout; every replica computes all of them."""
     policy = start_policy(checkpoint, layout)
     training = [TrainingSequence(np.array(s), np.ones(len(s) - 1, dtype=np.float32)) for s in sequences]
-    row = pack(training, range(len(training)), pad_to_multiple=2)
-    ((log_probs, _),) = forward_log_probs(policy, [row])
-    return [part.numpy() for part in unpack(log_probs, row)]
+    micro_batch = pack(training, range(len(training)), pad_to_multiple=2)
+    ((log_probs, _),) = forward_log_probs(policy, [micro_batch])
+    return [part.numpy() for part in unpack(log_probs, micro_batch)]
 
 
 def round_trip(rank: int, checkpoint: Path, layout: str, output: Path) -> None:

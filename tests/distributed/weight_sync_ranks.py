@@ -103,7 +103,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Apart:
-    """Engines in processes of their own, of equal size, and the way that weights take to them."""
+    """Engines in processes of their own, of equal size, and the transport to them."""
 
     addresses: list[Address]
     size: int

@@ -1,8 +1,8 @@
 """Ranks that start in a second: forked from a process that has imported everything and done nothing.
 
 Each rank is a process of its own that runs the command line of a rank, in a session of its own as under the launcher,
-and can be killed as any other. What is saved is the import of torch, Megatron-Core and this package, nearly all of the
-time of a short run; so a run can be killed and started again fifty times.
+and can be killed as any other. What is saved is the import of torch, Megatron-Core, vLLM and this package, nearly all
+of the time of a short run; so a run can be killed and started again fifty times.
 """
 
 import json
@@ -23,6 +23,10 @@ _PARENT = """
 import json, os, sys
 import megatron_rl.trainer.run
 from megatron_rl.cli.main import main
+from megatron_rl.rollout.isolation import guest
+
+with guest():  # as a rank imports it, see rollout/engine.py
+    import megatron_rl.rollout.llm
 
 for line in sys.stdin:
     started = json.loads(line)
@@ -50,7 +54,6 @@ for line in sys.stdin:
 class ForkedRanks:
     """The process that forks ranks, and the ranks of one run at a time."""
 
-    num_ranks: int
     pids: list[int] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -71,10 +74,10 @@ class ForkedRanks:
         self._process.kill()
         self._process.wait()
 
-    def start(self, folder: Path) -> None:
+    def start(self, folder: Path, *, num_ranks: int = 2) -> None:
         """Start `megatron-rl train run.yaml` in a folder; its output is in rank_N.log."""
         port = free_port()
-        ranks = [rank_of_this_machine(rank, self.num_ranks, port) for rank in range(self.num_ranks)]
+        ranks = [rank_of_this_machine(rank, num_ranks, port) for rank in range(num_ranks)]
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"folder": str(folder), "ranks": ranks}) + "\n")

@@ -8,15 +8,17 @@ runs watches where the main thread is. There it stops the whole process with SIG
 for the test to kill it. The command line of a stopped run is that of an undisturbed one; the environment says where.
 """
 
+import atexit
+import fcntl
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.runs.directory import RunDirectory
-from megatron_rl.runs.metrics_log import read_metrics
+from megatron_rl.runs.logs import read_metrics
+from tests.e2e.forked_ranks import ForkedRanks
 from tools.make_arithmetic import main as make_arithmetic
 
 NUM_STEPS = 4
@@ -114,6 +117,13 @@ class Run:
         (folder / "run.yaml").write_text(json.dumps(config))  # JSON is YAML
         (folder / "run_rewards.py").write_text(REWARDS)
 
+    @classmethod
+    def at(cls, folder: Path) -> "Run":
+        """A run that is in a folder already; nothing is written."""
+        run = cls.__new__(cls)
+        run.folder, run.directory = folder, RunDirectory(folder / "runs" / "run")
+        return run
+
     def write_teacher(self) -> None:
         """Another model of the policy's size in folder/teacher, for `algorithm.kl.reference_path`."""
         torch.manual_seed(11)
@@ -164,6 +174,21 @@ class Run:
         """Train to the end, which must be a good one."""
         ended = self.finish()
         assert ended.code == 0, ended.stderr[-4000:]
+        return self
+
+    def train_forked(self) -> "Run":
+        """Train to the end, which must be a good one, in ranks that need not import anything: without the launcher."""
+        sizes = json.loads((self.folder / "run.yaml").read_text())["parallel"]
+        kinds = ("tensor_model", "pipeline_model", "context", "data")
+        ranks = _forked_ranks()
+        ranks.start(self.folder, num_ranks=math.prod(sizes.get(f"{kind}_parallel_size", 1) for kind in kinds))
+        try:
+            codes = ranks.wait()
+        except BaseException:
+            ranks.kill(*range(len(ranks.pids)))
+            raise
+        logs = (self.folder / f"rank_{rank}.log" for rank in range(len(codes)))
+        assert not any(codes), "\n".join(log.read_text()[-4000:] for log in logs)
         return self
 
     def kill_inside(self, place: str, *, after_rows: int) -> None:
@@ -254,18 +279,29 @@ def _is_timing(name: str) -> bool:
 @functools.cache
 def material() -> Path:
     """Folder with model/, train.jsonl and heldout.jsonl; made once per session."""
-    folder = Path(_session_folder().name) / "material"
-    make_arithmetic([str(folder), *MODEL, *DATA])
-    return folder
+    return _made_once("material", lambda folder: make_arithmetic([str(folder), *MODEL, *DATA]))
 
 
 @functools.cache
 def reference() -> Run:
     """The run of `CONFIG`, undisturbed; trained once per session and not to be changed."""
-    return Run(Path(_session_folder().name) / "reference").succeed()
+    return Run.at(_made_once("reference", lambda folder: Run(folder).succeed()))
 
 
 @functools.cache
-def _session_folder() -> "tempfile.TemporaryDirectory[str]":
-    # Alive as long as the cache, which is as long as the session.
-    return tempfile.TemporaryDirectory(prefix="megatron_rl_runs_")
+def _forked_ranks() -> ForkedRanks:
+    ranks = ForkedRanks().__enter__()
+    atexit.register(ranks.__exit__, None, None, None)
+    return ranks
+
+
+def _made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first of pytest's worker processes fills, while the others wait."""
+    session = Path(os.environ["TESTS_SESSION_FOLDER"])  # set in tests/conftest.py
+    folder, done = session / name, session / f"{name}.done"
+    with open(session / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder

@@ -52,7 +52,7 @@ def run_of(folder: Path, preset: str, recipe: str = "rl", **sections: dict[str, 
     return run
 
 
-def judged_run(
+def preference_run(
     folder: Path, preset: str, recipe: str, rows: list[dict[str, Any]], *, global_batch_size: int = 4
 ) -> Run:
     data = {"train": "judged.jsonl", "eval": "judged.jsonl"}
@@ -72,7 +72,7 @@ def test_every_preset_is_tested() -> None:
     "preset", [name if name == "ppo" else pytest.param(name, marks=pytest.mark.slow) for name in ONLINE]
 )
 def test_a_policy_gradient_algorithm_trains(preset: str, tmp_path: Path) -> None:
-    run = run_of(tmp_path, preset).succeed()
+    run = run_of(tmp_path, preset).train_forked()
     last = run.rows[-1]
     assert last["step"] == 2
     assert math.isfinite(last["policy/loss"])
@@ -88,7 +88,7 @@ def test_a_policy_gradient_algorithm_trains(preset: str, tmp_path: Path) -> None
     "preset", [name if name == "dpo" else pytest.param(name, marks=pytest.mark.slow) for name in OF_PAIRS]
 )
 def test_a_policy_trains_on_pairs(preset: str, tmp_path: Path) -> None:
-    run = judged_run(tmp_path, preset, "preference", PAIRS).succeed()
+    run = preference_run(tmp_path, preset, "preference", PAIRS).train_forked()
     first, last = run.rows[0], run.rows[-1]
     assert last["eval/heldout/loss"] < first["eval/heldout/loss"]
     if preset == "dpo":
@@ -98,7 +98,7 @@ def test_a_policy_trains_on_pairs(preset: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_policy_trains_on_single_completions(tmp_path: Path) -> None:
-    run = judged_run(tmp_path, "kto", "preference", SINGLE, global_batch_size=len(SINGLE)).succeed()
+    run = preference_run(tmp_path, "kto", "preference", SINGLE, global_batch_size=len(SINGLE)).train_forked()
     assert run.rows[-1]["eval/heldout/loss"] < run.rows[0]["eval/heldout/loss"]
     # The second step sees what the first did to the same rows.
     assert run.rows[-1]["preference/chosen_reward"] > run.rows[-1]["preference/rejected_reward"]
@@ -116,14 +116,14 @@ def test_a_policy_trains_on_single_completions(tmp_path: Path) -> None:
 def test_a_reward_model_trains_and_then_drives_a_policy(
     preset: str, rows: list[dict[str, Any]], kind: Any, tmp_path: Path
 ) -> None:
-    trained = judged_run(tmp_path / "reward", preset, "reward_model", rows).succeed()
+    trained = preference_run(tmp_path / "reward", preset, "reward_model", rows).train_forked()
     assert trained.rows[-1]["eval/heldout/loss"] < trained.rows[0]["eval/heldout/loss"]
     assert kind.from_pretrained(trained.directory.hf_dir).num_labels == 1
     learned = {"hf_path": str(trained.directory.hf_dir)}
     if preset == "process_reward_model":
         learned |= {"kind": "process", "step_separator": "", "credit": "progress"}
     functions = [{"name": "exact_match", "weight": 0.0}]
-    run = run_of(tmp_path / "policy", "ppo", rewards={"functions": functions, "model": learned}).succeed()
+    run = run_of(tmp_path / "policy", "ppo", rewards={"functions": functions, "model": learned}).train_forked()
     last = run.rows[-1]
     assert last["reward/mean"] == pytest.approx(last["reward/model"], abs=1e-5)  # the other has weight 0
     assert last["reward/std"] > 0
@@ -132,7 +132,7 @@ def test_a_reward_model_trains_and_then_drives_a_policy(
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", SUPERVISED)
 def test_supervised_training(preset: str, tmp_path: Path) -> None:
-    run = judged_run(tmp_path, preset, "sft", [row | {"label": 1} for row in SINGLE]).succeed()
+    run = preference_run(tmp_path, preset, "sft", [row | {"label": 1} for row in SINGLE]).train_forked()
     assert 0 < run.rows[-1]["sft/loss"] < 10
     assert run.rows[-1]["optim/grad_norm"] > 0
     if preset == "distillation":
@@ -146,11 +146,11 @@ def test_critic_adaptive_kl_and_moving_reference_resume(preset: str, tmp_path: P
     """Set back to step 2 and made again, steps 3 and 4 are those of the first time, bit for bit."""
     kl = {"target": 0.01, "horizon": 24, "reference": "moving_average", "moving_average_decay": 0.5}
     train = {"num_steps": 4, "global_batch_size": 12}
-    run = run_of(tmp_path, preset, train=train, checkpoint={"save_interval": 2}, algorithm={"kl": kl}).succeed()
+    run = run_of(tmp_path, preset, train=train, checkpoint={"save_interval": 2}, algorithm={"kl": kl}).train_forked()
     first, weights = repeatable(run.rows), run.exported_bytes
     assert len({row["policy/kl_coefficient"] for row in first if "policy/kl_coefficient" in row}) == 4
     shutil.rmtree(run.directory.checkpoints_dir / "iter_0000004")
     (run.directory.checkpoints_dir / "latest_checkpointed_iteration.txt").write_text("2\n")
-    run.succeed()
+    run.train_forked()
     assert repeatable(run.rows) == first
     assert run.exported_bytes == weights

@@ -87,7 +87,7 @@ def assert_equals(run: Run, expected: Run) -> None:
 def test_fifty_kills_at_random_points(undisturbed: Run, tmp_path: Path) -> None:
     rng, number = random.Random(5), 0
     kills = {"rank 0": 0, "rank 1": 0, "all": 0, "nothing": 0}
-    with ForkedRanks(2) as ranks:
+    with ForkedRanks() as ranks:
         while sum(kills.values()) - kills["nothing"] < NUM_KILLS:
             number += 1
             run = supervised_run(tmp_path / f"disturbed_{number}")
@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_during_a_save_or_read_only(undisturbed: Run, tmp_pa
     # A checkpoint has 2.1 MB: two are kept, and a third is begun.
     mounted(disk, "size=5m")
     try:
-        with ForkedRanks(2) as ranks:
+        with ForkedRanks() as ranks:
             ranks.start(tmp_path)
             assert ranks.wait() == [2, 2]
             said = (tmp_path / "rank_0.log").read_text().splitlines()[-1]

@@ -53,7 +53,7 @@ def policy_and_engine(rank: int, folders: list[Path], format: QuantizedFormat) -
         return torch.cat(unpack(forward_log_probs(policy, [row])[0][0], row))
 
     plain = [log_probs(build(folder, None)) for folder in folders]
-    assert "vllm" not in sys.modules, "ModelOpt imports vLLM, which belongs into the engine's guest room"
+    assert "vllm" not in sys.modules, "ModelOpt imports vLLM, which only the engine may, in isolation"
     policies = [build(folder, format) for folder in folders]
     engine = RolloutEngine(
         model_path=folders[0], dtype="float32", max_model_len=64, kv_cache_gigabytes=0.02, quantization=format

@@ -29,7 +29,7 @@ def test_a_run_follows_them(tmp_path: Path, parallel: dict[str, int]) -> None:
     )
     shutil.rmtree(run.folder / "model")
     make_checkpoint(run.folder / "model", "qwen3_moe", seed=3, hidden_size=64)
-    rows = run.succeed().rows[1:]
+    rows = run.train_forked().rows[1:]
     assert len(rows) == 2
     assert all(row["mismatch/log_prob_abs_diff_max"] < LARGEST_MISMATCH for row in rows)
     assert all(row["optim/skipped_updates"] == 0 for row in rows)

@@ -40,16 +40,17 @@ def in_rank(rank: int, folders: list[Path], shared: Path, transport: SyncTranspo
     from megatron_rl.rollout.remote import NoEngine, RemoteEngine
     from megatron_rl.rollout.server import EngineServer
     from megatron_rl.sync.remote_sync import RemoteSync
-    from megatron_rl.sync.weight_sync import plan_sync, trained_ranks
+    from megatron_rl.weights.files.local_shards import trained_ranks
     from megatron_rl.weights.plan.ranks import EngineRanks
+    from megatron_rl.weights.plan.shard_plan import plan_sync
 
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     policy = Policy(
         ModelConfig(hf_path=str(folders[0]), params_dtype=Dtype.float32), initialize(parallel, seed=1), parallel
     )
-    trained = trained_ranks(policy)
+    trained = trained_ranks(policy.parameters, policy.groups)
     engines = EngineRanks(1, 1, (0, 0), first_rank=trained.world_size)
-    plan = plan_sync(policy, trained, engines, bucket_bytes=50_000)
+    plan = plan_sync(policy.hf, policy.maps, trained, engines, dtype="float32", bucket_bytes=50_000)
     engine = None
     if rank == 0:
         server = EngineServer(folders[0], ARGUMENTS.split(), log=shared / "engine.log")

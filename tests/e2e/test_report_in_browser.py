@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.report.report import merge_steps, write_report
-from megatron_rl.runs.metrics_log import read_metrics
+from megatron_rl.runs.logs import read_metrics
 from tests.unit.report.synthetic_run import make_rl_run, make_sft_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

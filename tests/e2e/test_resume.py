@@ -17,7 +17,7 @@ import pytest
 
 from megatron_rl.checkpoint.folders import delete_old, iteration_folder
 from megatron_rl.config.errors import EXIT_RESUME
-from megatron_rl.runs.record import rollout_steps
+from megatron_rl.runs.logs import rollout_steps
 from tests.e2e.runs import NUM_STEPS, Run, continue_until_it_ends, kill, reference, repeatable
 
 PARTIAL = ".iter_000000{}.partial"
@@ -100,7 +100,6 @@ def truncate(content: bytes) -> bytes:
     [
         pytest.param("__0_0.distcp", flip),
         pytest.param("__1_1.distcp", truncate, marks=pytest.mark.slow),
-        pytest.param("common.pt", flip, marks=pytest.mark.slow),
         pytest.param(".metadata", truncate, marks=pytest.mark.slow),
         pytest.param("metadata.json", truncate, marks=pytest.mark.slow),
     ],

@@ -26,7 +26,7 @@ def test_smoothed_labels_and_a_teacher(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"recipe": "sft"}))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     run.write_teacher()
-    rows = run.succeed().rows
+    rows = run.train_forked().rows
     assert len(rows) == 8
     assert rows[0]["policy/kl_ref"] > 0.01
     assert rows[-1]["policy/kl_ref"] < 0.9 * rows[0]["policy/kl_ref"]

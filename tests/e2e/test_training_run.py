@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl.config.load import load_config
 from megatron_rl.data.datasets import DataOrder
-from megatron_rl.runs.record import read_rollouts, rollout_steps
+from megatron_rl.runs.logs import read_rollouts, rollout_steps
 from tests.e2e.runs import CONFIG, NUM_PROMPTS, NUM_SAMPLES, NUM_STEPS, Run, reference
 
 EVERY_STEP = {
@@ -53,7 +53,7 @@ def two_updates(tmp_path_factory: pytest.TempPathFactory) -> Run:
         parallel={"tensor_model_parallel_size": 1, "data_parallel_size": 2},
         train={"num_steps": 2, "global_batch_size": NUM_PROMPTS * NUM_SAMPLES // 2},
         algorithm={"kl": {"coefficient": 0.05, "place": "reward", "estimator": "k1"}},
-    ).succeed()
+    ).train_forked()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def shared_engine(tmp_path_factory: pytest.TempPathFactory) -> Run:
         parallel={"tensor_model_parallel_size": 1, "data_parallel_size": 2},
         rollout={"tensor_model_parallel_size": 2},
         **one_step(),
-    ).succeed()
+    ).train_forked()
 
 
 def one_step() -> dict[str, dict[str, object]]:
@@ -193,7 +193,7 @@ def test_the_first_step_does_not_depend_on_the_layout(shared_engine: Run) -> Non
 @pytest.mark.slow
 def test_the_first_step_of_a_pipeline(tmp_path: Path) -> None:
     parallel = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}
-    assert_equal_first_step(Run(tmp_path, parallel=parallel, **one_step()).succeed())
+    assert_equal_first_step(Run(tmp_path, parallel=parallel, **one_step()).train_forked())
 
 
 def assert_equal_first_step(run: Run) -> None:

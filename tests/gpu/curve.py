@@ -39,13 +39,13 @@ def curve(checkpoint: Path, groups: Any, dtype: Dtype, adam: AdamImplementation,
     optimizer = Optimizer(OptimizerConfig(lr=1e-3, implementation=adam), policy, num_steps=NUM_STEPS)
     sequences = recorded_rollouts()
     batch = MiniBatch.of(
-        sequences, range(len(sequences)), groups, micro_batch_tokens=256, pad_to_multiple=policy.row_multiple
+        sequences, range(len(sequences)), groups, micro_batch_tokens=256, pad_to_multiple=policy.token_multiple
     )
     objective = SupervisedObjective(AlgorithmConfig(), batch.counts, token_sum_norm=16.0)
     losses = []
     for _ in range(NUM_STEPS):
         optimizer.zero_grad()
-        losses.append(forward_backward(policy, batch.rows, objective)["sft/loss"].value)
+        losses.append(forward_backward(policy, batch.micro_batches, objective)["sft/loss"].value)
         assert optimizer.step().finite
     return losses
 

@@ -22,7 +22,7 @@ def build(checkpoint: Path, groups: Any, dtype: Dtype = Dtype.bfloat16, **model:
 
 
 def log_probs(policy: Policy, multiple: int = 1) -> Tensor:
-    """Of every token of `SEQUENCES` but the first of each, from one packed row; float32 on the host."""
+    """Of every token of `SEQUENCES` but the first of each, from one micro-batch; float32 on the host."""
     sequences = [TrainingSequence(np.array(s), np.ones(len(s) - 1, dtype=np.float32)) for s in SEQUENCES]
-    row = pack(sequences, range(len(sequences)), pad_to_multiple=multiple)
-    return torch.cat(unpack(forward_log_probs(policy, [row])[0][0], row))
+    micro_batch = pack(sequences, range(len(sequences)), pad_to_multiple=multiple)
+    return torch.cat(unpack(forward_log_probs(policy, [micro_batch])[0][0], micro_batch))

@@ -2,7 +2,7 @@
 
 It uses Debian's packages slurm-wlm and munge, and nothing of their configuration: no service of the machine is started
 or changed. A job that is queued again waits until its credential has expired, 5 seconds here (the least that Slurm
-takes) and not two minutes. Where they are missing they can be installed with apt-get, as root.
+takes) and not two minutes. `tools/install_test_programs.sh` installs them.
 """
 
 import contextlib
@@ -62,15 +62,6 @@ def missing() -> str | None:
         return "a Slurm cluster of one's own needs root"
     absent = [name for name in _PROGRAMS if shutil.which(name) is None]
     return f"slurm-wlm and munge are not installed: no {', '.join(absent)}" if absent else None
-
-
-def install() -> None:
-    """Install the packages, if they are missing and that is possible."""
-    if os.geteuid() != 0 or shutil.which("apt-get") is None or missing() is None:
-        return
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in ("update", "install --yes --no-install-recommends slurm-wlm munge"):
-        subprocess.run(["apt-get", *command.split()], env=quiet, capture_output=True, timeout=400, check=False)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.preference_loss import dpo_loss, implicit_rewards, ipo_loss, kto_loss
-from megatron_rl.algorithms.reward_model_loss import bradley_terry_loss
+from megatron_rl.algorithms.preference_loss import bradley_terry_loss, dpo_loss, implicit_rewards, ipo_loss, kto_loss
 from tests.theory.tabular import minimum
 
 N = 6

@@ -36,28 +36,32 @@ def weight_sync(quick: bool) -> Figures:
     from datetime import timedelta
 
     from megatron_rl.device import this_device
-    from megatron_rl.sync.weight_sync import plan_sync, trained_ranks
+    from megatron_rl.weights.files.local_shards import trained_ranks
+    from megatron_rl.weights.plan.rank_plan import RankPlan
     from megatron_rl.weights.plan.ranks import EngineRanks
-    from megatron_rl.weights.transport.exchange import Exchange, Orders
+    from megatron_rl.weights.plan.shard_plan import plan_sync
+    from megatron_rl.weights.transport.exchange import Exchange
     from megatron_rl.weights.transport.process_group import ProcessGroupTransport
 
     with tempfile.TemporaryDirectory() as folder:
         policy, engine = _engine_and_policy(Path(folder), "1B")
         num_bytes = sum(p.numel() * p.element_size() for p in policy.parameters.values())
-        trained = trained_ranks(policy)
+        trained = trained_ranks(policy.parameters, policy.groups)
         engines = EngineRanks(
             num_engines=1, tensor=1, stage_of_layer=(0,) * len(trained.stage_of_layer), first_rank=0, num_experts=0
         )
-        orders = Orders.of(plan_sync(policy, trained, engines, bucket_bytes=256 << 20), 0, engines.expert_rows(0))
+        dtype = str(policy.dtype).removeprefix("torch.")
+        plan = plan_sync(policy.hf, policy.maps, trained, engines, dtype=dtype, bucket_bytes=256 << 20)
+        rank_plan = RankPlan.of(plan, 0, engines.expert_rows(0))
         transport = ProcessGroupTransport(policy.groups.world, timeout=timedelta(seconds=60), device=this_device())
-        exchange = Exchange(orders)
+        exchange = Exchange(rank_plan)
         version = 0
 
         def shards() -> None:
             nonlocal version
             version += 1
             feed = lambda loader: exchange.run(policy.parameters, loader, transport, version=version)  # noqa: E731
-            engine.load_shards(orders.shard, feed, version=version)
+            engine.load_shards(rank_plan.shard, feed, version=version)
 
         def whole() -> None:
             engine.load_weights(policy.hf_tensors(bucket_bytes=256 << 20), version=version)
@@ -98,11 +102,11 @@ def rollout_and_difference(batch_invariant: bool, quick: bool) -> Figures:
         ids = torch.tensor([*prompt.token_ids, *completion.token_ids]).numpy()
         sequences.append(TrainingSequence(ids, torch.ones(len(ids) - 1).numpy()))
         of_engine.append(torch.tensor(completion.log_probs))
-    row = pack(sequences, range(len(sequences)), pad_to_multiple=16)
+    micro_batch = pack(sequences, range(len(sequences)), pad_to_multiple=16)
     start = time.perf_counter()
-    ((log_probs, _),) = forward_log_probs(policy, [row])
+    ((log_probs, _),) = forward_log_probs(policy, [micro_batch])
     seconds = time.perf_counter() - start
-    parts = zip(unpack(log_probs, row), of_engine, strict=True)
+    parts = zip(unpack(log_probs, micro_batch), of_engine, strict=True)
     difference = torch.cat([ours[-len(theirs) :] - theirs for ours, theirs in parts]).abs()
     return {
         "generate_s": generate_s,

@@ -12,7 +12,7 @@ from tools.gpu.measure import DEVICE, Figures, model_folder, peak_bytes, product
 
 
 def training_step(quick: bool, *, length: int = 2048, changes: dict[str, Any] | None = None, **model: Any) -> Figures:
-    """Utilisation of forward, backward and update, on packed rows of sequences of `length` tokens."""
+    """Utilisation of forward, backward and update, on micro-batches of sequences of `length` tokens."""
     from megatron_rl.config.schema import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_rl.engine.optimizer import Optimizer
     from megatron_rl.engine.policy import Policy
@@ -35,12 +35,12 @@ def training_step(quick: bool, *, length: int = 2048, changes: dict[str, Any] | 
 
     def step() -> None:
         optimizer.zero_grad()
-        forward_backward(policy, batch.rows, objective)
+        forward_backward(policy, batch.micro_batches, objective)
         optimizer.step()
 
     seconds = seconds_of(step, repetitions=3 if quick else 5)
     extra = peak_bytes(step)
-    floor = _products_of_a_step(policy, [len(row.tokens) for row in batch.rows])
+    floor = _products_of_a_step(policy, [len(micro_batch.tokens) for micro_batch in batch.micro_batches])
     hf, tokens = policy.hf, num_sequences * length
     weights = sum(p.numel() for name, p in policy.parameters.items() if not name.startswith("embedding."))
     # 6 FLOP per weight and token; attention: 2 products of length x channels, halved by causality, times 3.
@@ -62,7 +62,7 @@ def training_step(quick: bool, *, length: int = 2048, changes: dict[str, Any] | 
 
 
 def _random_batch(policy: Any, num_sequences: int, length: int) -> Any:
-    """Sequences of `length` predicted tokens, four in a row."""
+    """Sequences of `length` predicted tokens, four in a micro-batch."""
     import numpy as np
 
     from megatron_rl.data.samples import TrainingSequence
@@ -75,14 +75,14 @@ def _random_batch(policy: Any, num_sequences: int, length: int) -> Any:
     ]
     places = range(num_sequences)
     return MiniBatch.of(
-        sequences, places, policy.groups, micro_batch_tokens=4 * length, pad_to_multiple=policy.row_multiple
+        sequences, places, policy.groups, micro_batch_tokens=4 * length, pad_to_multiple=policy.token_multiple
     )
 
 
-def _products_of_a_step(policy: Any, rows: Sequence[int]) -> float:
+def _products_of_a_step(policy: Any, micro_batches: Sequence[int]) -> float:
     """Seconds of a step's bfloat16 products with the model's weights, each timed in its own shape, attention's not.
 
-    Per weight [N, K] and row of T tokens three: [T, K] x [K, N], its input's gradient, its weight's.
+    Per weight [N, K] and micro-batch of T tokens three: [T, K] x [K, N], its input's gradient, its weight's.
     """
     shapes = Counter(
         tuple(parameter.shape)
@@ -96,8 +96,10 @@ def _products_of_a_step(policy: Any, rows: Sequence[int]) -> float:
         )
         return seconds_of(lambda: (x @ w.t(), y @ w, y.t() @ x), repetitions=3)
 
-    of_row = {tokens: sum(count * seconds(tokens, *shape) for shape, count in shapes.items()) for tokens in set(rows)}
-    return sum(of_row[tokens] for tokens in rows)
+    of_micro_batch = {
+        tokens: sum(count * seconds(tokens, *shape) for shape, count in shapes.items()) for tokens in set(micro_batches)
+    }
+    return sum(of_micro_batch[tokens] for tokens in micro_batches)
 
 
 def train_bf16(quick: bool) -> Figures:

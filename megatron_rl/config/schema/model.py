@@ -111,7 +111,7 @@ class ParallelConfig:
     account_for_loss_in_pipeline_split: bool = False
     """Count the output layer as a layer when the layers are split evenly."""
     context_parallel_size: int = 1
-    """Ranks that split every sequence of a row, each taking an early and a late part of it (zig-zag)."""
+    """Ranks that split every sequence of a micro-batch, each taking an early and a late part of it (zig-zag)."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of MoE layers; they come from the tensor, context and data ranks of a stage."""
     expert_tensor_parallel_size: int | None = None

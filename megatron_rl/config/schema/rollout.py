@@ -31,7 +31,7 @@ class SyncVerify(Enum):
 
 
 class SyncTransport(Enum):
-    """The way of weights to engines in processes of their own."""
+    """How weights travel to engines in processes of their own."""
 
     auto = "auto"
     folder = "folder"

@@ -1,7 +1,4 @@
-"""Length, checkpoints, evaluation, records and limits of a run.
-
-What a job asks for.
-"""
+"""The run itself: length, checkpoints, evaluation, records, guards, the watchdog, and what a Slurm job asks for."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -30,7 +27,8 @@ class TrainConfig:
     max_rollbacks: int = 3
     """Times that the run goes back to a checkpoint because of its numbers, before it stops."""
     micro_batch_tokens: int = 8192
-    """Tokens of one packed row, over all its context-parallel ranks; longer single sequences get a row of their own."""
+    """Tokens of one micro-batch, over all its context-parallel ranks; longer single sequences get a micro-batch of
+    their own."""
 
 
 @dataclass
@@ -107,7 +105,7 @@ class LoggingConfig:
 
 @dataclass
 class GuardConfig:
-    """A limit of one metric of the policy's updates; see `trainer/guards.py`."""
+    """A limit of one metric of the policy's updates; see `trainer/update.py`."""
 
     metric: str = MISSING
     """Its name, e.g. 'policy/loss', 'optim/grad_norm', 'policy/approx_kl', 'mismatch/kl'."""

@@ -1,58 +1,32 @@
-"""Model families: one file each, registered here by the architecture that config.json names.
+"""Model families: what differs between architectures, by the name that config.json gives.
 
-A family is a module with ARCHITECTURE, `transformer_fields(hf)`, `gpt_fields(hf)` and `tensor_maps(hf)`, where hf is
-config.json as a dictionary.
+    decoder      `Family`, and what all decoders share; start here
+    experts      the feed-forward parts with experts
+    llama        Llama, Mistral, Mixtral, Nemotron
+    qwen         Qwen2, Qwen3, Qwen3-MoE
+    deepseek     DeepSeek-V2 and V3
+    gpt_oss      GPT-OSS
+
+A new family is one new file that ends in its `FAMILIES`, and one line here; a relative of a known one is one more
+entry in its file. Its name also stands in `config.hf_checkpoint`, which a test compares with this list.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.models.families import (
-    deepseek_v2,
-    deepseek_v3,
-    gpt_oss,
-    llama,
-    mistral,
-    mixtral,
-    nemotron,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-)
-from megatron_rl.models.tensor_map import TensorMap
+from megatron_rl.models.families import deepseek, gpt_oss, llama, qwen
+from megatron_rl.models.families.decoder import Family
 
-
-class Family(Protocol):
-    """What a family's module offers."""
-
-    ARCHITECTURE: str
-
-    def transformer_fields(self, hf: dict[str, Any]) -> dict[str, Any]:
-        """Fields of Megatron's TransformerConfig; `activation_func` by the name that `build` gives it."""
-        ...
-
-    def gpt_fields(self, hf: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of Megatron's GPTModel."""
-        ...
-
-    def tensor_maps(self, hf: dict[str, Any]) -> list[TensorMap]:
-        """The table of tensors, in the order of the layers."""
-        ...
-
-
-_MODULES: tuple[Family, ...] = (
-    deepseek_v2,
-    deepseek_v3,
-    gpt_oss,
-    llama,
-    mistral,
-    mixtral,
-    nemotron,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-)
-FAMILIES: dict[str, Family] = {family.ARCHITECTURE: family for family in _MODULES}
+FAMILIES: dict[str, Family] = {
+    family.architecture: family
+    for module in (
+        deepseek,
+        gpt_oss,
+        llama,
+        qwen,
+    )
+    for family in module.FAMILIES
+}
 
 
 def family_of(hf: dict[str, Any]) -> Family:
@@ -81,4 +55,4 @@ def check_family(hf: dict[str, Any]) -> None:
         family.gpt_fields(hf)
         family.tensor_maps(hf)
     except KeyError as error:
-        raise UserError(f"{error.args[0]} is missing in config.json of {family.ARCHITECTURE}") from error
+        raise UserError(f"{error.args[0]} is missing in config.json of {family.architecture}") from error

@@ -1,18 +1,34 @@
-"""What the decoders of Hugging Face share, in parts that a family puts together.
+"""`Family`, and what the decoders of Hugging Face share, in parts that a family puts together.
 
 A decoder is an embedding, layers of norm, attention, norm and feed-forward part, a norm, and an output layer that may
 be the embedding again. `tensor_maps` walks it; a family passes the parts in which it differs, as functions of
-config.json and the layer's number. Here are grouped-query attention and the dense feed-forward parts; experts are in
-`experts`, latent attention is in `latent_attention`.
+config.json and the layer's number. Here are grouped-query attention, the rotary parameters of a config.json and the
+dense feed-forward parts; experts are in `experts`, latent attention is in `deepseek`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.models.rope_parameters import rope_parameters
 from megatron_rl.models.tensor_map import TensorMap, gate_up, qkv, replicated, split, vocabulary
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between architectures; the functions take config.json as a dictionary."""
+
+    architecture: str
+    """As config.json names it."""
+    transformer_fields: Callable[[dict[str, Any]], dict[str, Any]]
+    """Fields of Megatron's TransformerConfig; `activation_func` by the name that `build` gives it. Raises UserError for
+    an option that is not supported."""
+    gpt_fields: Callable[[dict[str, Any]], dict[str, Any]]
+    """Arguments of Megatron's GPTModel."""
+    tensor_maps: Callable[[dict[str, Any]], list[TensorMap]]
+    """The table of tensors, in the order of the layers."""
+
 
 PartOfLayer = Callable[[dict[str, Any], int], list[TensorMap]]
 """(config.json, layer) -> the maps of one part of that layer."""
@@ -85,6 +101,66 @@ def gpt_fields(hf: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+_ROPE_PARAMETERS = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("rope_theta", "factor", "original_max_position_embeddings"),
+}
+"""rope_type -> what its formula takes."""
+
+
+def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters, wherever the version of transformers that wrote config.json put them.
+
+    Raises:
+        UserError: a rope_type that has no formula here, or lacks a parameter of its formula.
+    """
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    if hf.get("partial_rotary_factor") is not None:
+        rope.setdefault("partial_rotary_factor", hf["partial_rotary_factor"])
+    rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    if rope["rope_type"] == "yarn":
+        rope.setdefault("original_max_position_embeddings", hf["max_position_embeddings"])
+        if rope.get("attention_factor") is not None:
+            raise UserError(
+                f"rope_parameters in config.json: attention_factor {rope['attention_factor']} is not supported; "
+                "allowed: absent, it then follows from factor"
+            )
+    kind = rope["rope_type"]
+    if kind not in _ROPE_PARAMETERS:
+        raise UserError(f"rope_type '{kind}' in config.json is not supported; allowed: {', '.join(_ROPE_PARAMETERS)}")
+    for name in _ROPE_PARAMETERS[kind]:
+        if not isinstance(rope.get(name), int | float):
+            raise UserError(f"{name} of the rope_type {kind} in config.json: given {rope.get(name)}, allowed: a number")
+    return rope
+
+
+def yarn_concentration(rope: dict[str, Any]) -> tuple[float | None, float | None]:
+    """(mscale, mscale_all_dim) with which core multiplies YaRN's cosines and sines as transformers does.
+
+    Both take m(mscale) / m(mscale_all_dim) if both are given, else m(1), with m(x) = 0.1 x ln(factor) + 1.
+    Source: YaRN, arXiv:2309.00071, section 3.4; DeepSeek-V2, arXiv:2405.04434, for the quotient.
+    """
+    both = rope.get("mscale") and rope.get("mscale_all_dim")
+    return (rope["mscale"], rope["mscale_all_dim"]) if both else (None, None)
+
+
+def yarn_attributes(rope: dict[str, Any]) -> dict[str, Any]:
+    """What core reads from a TransformerConfig for YaRN in ordinary attention; they are no fields of it."""
+    mscale, mscale_all_dim = yarn_concentration(rope)
+    return dict(
+        yarn_rotary_scaling_factor=rope["factor"],
+        yarn_original_max_position_embeddings=rope["original_max_position_embeddings"],
+        yarn_beta_fast=rope.get("beta_fast") or 32,
+        yarn_beta_slow=rope.get("beta_slow") or 1,
+        yarn_mscale=mscale,
+        yarn_mscale_all_dim=mscale_all_dim,
+        yarn_correction_range_round_to_int=rope.get("truncate", True),
+    )
+
+
 def window_fields(hf: dict[str, Any], layer_types: list[str]) -> dict[str, Any]:
     """TransformerConfig fields of attention to the last `sliding_window` tokens, the token itself among them.
 
@@ -108,12 +184,12 @@ def window_fields(hf: dict[str, Any], layer_types: list[str]) -> dict[str, Any]:
     )
 
 
-def ours(layer: int) -> str:
+def megatron_layer(layer: int) -> str:
     """Prefix of a layer's names in Megatron."""
     return f"decoder.layers.{layer}."
 
 
-def theirs(layer: int) -> str:
+def hf_layer(layer: int) -> str:
     """Prefix of a layer's names in Hugging Face."""
     return f"model.layers.{layer}."
 
@@ -127,7 +203,7 @@ def attention(
     hf: dict[str, Any], layer: int, *, qkv_bias: bool = False, output_bias: bool = False, qk_norm: bool = False
 ) -> list[TensorMap]:
     """Grouped-query attention."""
-    prefix, hf_prefix = f"{ours(layer)}self_attention.", f"{theirs(layer)}self_attn."
+    prefix, hf_prefix = f"{megatron_layer(layer)}self_attention.", f"{hf_layer(layer)}self_attn."
     hidden, heads, channels = hf["hidden_size"], hf["num_attention_heads"], head_dim(hf)
     q, k, v = (f"{hf_prefix}{part}_proj." for part in "qkv")
     shape: dict[str, Any] = dict(num_heads=heads, num_groups=num_groups(hf), head_dim=channels)
@@ -160,14 +236,14 @@ def gated(
 
 def gated_mlp(hf: dict[str, Any], layer: int) -> list[TensorMap]:
     """The dense feed-forward part of most families."""
-    return gated(f"{ours(layer)}mlp.", f"{theirs(layer)}mlp.", hf["hidden_size"], hf["intermediate_size"])
+    return gated(f"{megatron_layer(layer)}mlp.", f"{hf_layer(layer)}mlp.", hf["hidden_size"], hf["intermediate_size"])
 
 
 def plain_mlp(hf: dict[str, Any], layer: int) -> list[TensorMap]:
     """A feed-forward part without a gate."""
     prefix, hf_prefix, hidden, ffn = (
-        f"{ours(layer)}mlp.",
-        f"{theirs(layer)}mlp.",
+        f"{megatron_layer(layer)}mlp.",
+        f"{hf_layer(layer)}mlp.",
         hf["hidden_size"],
         hf["intermediate_size"],
     )
@@ -189,9 +265,9 @@ def tensor_maps(
     normed = partial(norm, size=hidden, bias=norm_bias)
     maps = [vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight", (hf["vocab_size"], hidden))]
     for layer in range(hf["num_hidden_layers"]):
-        maps += normed(f"{ours(layer)}input_layernorm", f"{theirs(layer)}input_layernorm")
+        maps += normed(f"{megatron_layer(layer)}input_layernorm", f"{hf_layer(layer)}input_layernorm")
         maps += attention(hf, layer)
-        maps += normed(f"{ours(layer)}pre_mlp_layernorm", f"{theirs(layer)}post_attention_layernorm")
+        maps += normed(f"{megatron_layer(layer)}pre_mlp_layernorm", f"{hf_layer(layer)}post_attention_layernorm")
         maps += feed_forward(hf, layer)
     maps += normed("decoder.final_layernorm", "model.norm")
     if not hf.get("tie_word_embeddings", False):

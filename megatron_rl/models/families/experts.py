@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_rl.models.families.decoder import gated, ours, require, theirs
+from megatron_rl.models.families.decoder import gated, hf_layer, megatron_layer, require
 from megatron_rl.models.tensor_map import TensorMap, of_expert, replicated
 
 GATED_NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -44,7 +44,7 @@ def transformer_fields(hf: dict[str, Any], *, ffn: int, normalized: bool = False
 
 def expert_prefix(layer: int, expert: int) -> str:
     """Prefix of an expert's names, its number counted over the whole layer."""
-    return f"{ours(layer)}mlp.experts.local_experts.{expert}."
+    return f"{megatron_layer(layer)}mlp.experts.local_experts.{expert}."
 
 
 def experts(
@@ -57,8 +57,8 @@ def experts(
 ) -> list[TensorMap]:
     """The router and the gated experts of one layer; `block` and `names` are Hugging Face's."""
     hidden, count = hf["hidden_size"], num_experts(hf)
-    hf_prefix = f"{theirs(layer)}{block}."
-    maps = [replicated(f"{ours(layer)}mlp.router.weight", f"{hf_prefix}gate.weight", (count, hidden))]
+    hf_prefix = f"{hf_layer(layer)}{block}."
+    maps = [replicated(f"{megatron_layer(layer)}mlp.router.weight", f"{hf_prefix}gate.weight", (count, hidden))]
     for expert in range(count):
         parts = gated(expert_prefix(layer, expert), f"{hf_prefix}experts.{expert}.", hidden, ffn, names)
         maps += [of_expert(part, expert, count) for part in parts]
@@ -67,4 +67,6 @@ def experts(
 
 def shared_experts(hf: dict[str, Any], layer: int, *, ffn: int) -> list[TensorMap]:
     """The experts that see every token, as one gated MLP."""
-    return gated(f"{ours(layer)}mlp.shared_experts.", f"{theirs(layer)}mlp.shared_experts.", hf["hidden_size"], ffn)
+    return gated(
+        f"{megatron_layer(layer)}mlp.shared_experts.", f"{hf_layer(layer)}mlp.shared_experts.", hf["hidden_size"], ffn
+    )

@@ -9,15 +9,11 @@ from functools import partial
 from typing import Any
 
 from megatron_rl.models.families import decoder, experts
-from megatron_rl.models.families.decoder import ours, theirs
+from megatron_rl.models.families.decoder import Family, hf_layer, megatron_layer
 from megatron_rl.models.tensor_map import TensorMap, alternating_gate_up, of_expert, replicated, split, stacked
 
-ARCHITECTURE = "GptOssForCausalLM"
 
-gpt_fields = decoder.gpt_fields
-
-
-def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
+def _transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
     """TransformerConfig fields. Raises UserError for layers of another kind, and for another activation."""
     decoder.refuse(hf, attention_bias=True, swiglu_alpha=1.702, hidden_act="silu")
     kinds = ("sliding_attention", "full_attention")
@@ -38,8 +34,8 @@ def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
 
 def _attention(hf: dict[str, Any], layer: int) -> list[TensorMap]:
     sinks = split(
-        f"{ours(layer)}self_attention.core_attention.softmax_offset",
-        f"{theirs(layer)}self_attn.sinks",
+        f"{megatron_layer(layer)}self_attention.core_attention.softmax_offset",
+        f"{hf_layer(layer)}self_attn.sinks",
         (hf["num_attention_heads"],),
         dim=0,
     )
@@ -48,12 +44,12 @@ def _attention(hf: dict[str, Any], layer: int) -> list[TensorMap]:
 
 def _feed_forward(hf: dict[str, Any], layer: int) -> list[TensorMap]:
     hidden, ffn, count = hf["hidden_size"], hf["intermediate_size"], experts.num_experts(hf)
-    router, hf_router = f"{ours(layer)}mlp.router.", f"{theirs(layer)}mlp.router."
+    router, hf_router = f"{megatron_layer(layer)}mlp.router.", f"{hf_layer(layer)}mlp.router."
     maps = [
         replicated(f"{router}weight", f"{hf_router}weight", (count, hidden)),
         replicated(f"{router}bias", f"{hf_router}bias", (count,)),
     ]
-    of_layer = f"{theirs(layer)}mlp.experts."
+    of_layer = f"{hf_layer(layer)}mlp.experts."
     parts = {
         ("linear_fc1.weight", True): partial(
             alternating_gate_up, hf_name=f"{of_layer}gate_up_proj", shape=(2 * ffn, hidden)
@@ -72,6 +68,11 @@ def _feed_forward(hf: dict[str, Any], layer: int) -> list[TensorMap]:
     return maps
 
 
-def tensor_maps(hf: dict[str, Any]) -> list[TensorMap]:
-    """The table of tensors."""
-    return decoder.tensor_maps(hf, attention=_attention, feed_forward=_feed_forward)
+FAMILIES = (
+    Family(
+        "GptOssForCausalLM",
+        _transformer_fields,
+        decoder.gpt_fields,
+        partial(decoder.tensor_maps, attention=_attention, feed_forward=_feed_forward),
+    ),
+)

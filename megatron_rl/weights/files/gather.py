@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.weights.files.local_shards import matrix, rows, runs_of_shard
-from megatron_rl.weights.quantized.fp8_parameters import held_value
+from megatron_rl.weights.files.local_shards import matrix, rows, shard_parts
+from megatron_rl.weights.quantized.fp8_parameters import dequantized
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class HFTensorIterator:
         split_by = self.groups.tp if expert_rank is None else self.groups.etp
         on_stage = stage == pp.rank()
         holds = on_stage and expert_rank in (None, ep.rank())
-        mine = [held_value(self.parameters[m.name], dtype) for m in bucket.maps] if holds else []
+        mine = [dequantized(self.parameters[m.name], dtype) for m in bucket.maps] if holds else []
         several = split_by.size() > 1 or pp.size() > 1 or (expert_rank is not None and ep.size() > 1)
         if not several:
             return [mine]
@@ -126,7 +126,7 @@ class HFTensorIterator:
 
 
 def place(tensor_map: TensorMap, shards: list[Tensor], whole: dict[str, Tensor]) -> None:
-    """Write every run of every shard to its place in the Hugging Face tensors `whole`, which are added where missing.
+    """Write every part of every shard to its place in the Hugging Face tensors `whole`, which are added where missing.
 
     A tensor that one shard is all of is that shard, not a copy.
     """
@@ -137,10 +137,10 @@ def place(tensor_map: TensorMap, shards: list[Tensor], whole: dict[str, Tensor])
         if name not in whole:
             whole[name] = shards[0].new_empty(shape)
     for rank, shard in enumerate(shards):
-        for piece in runs_of_shard(tensor_map, rank, len(shards), shard):
-            if piece.run.hf_name is not None:
-                target = matrix(tensor_map, whole[piece.run.hf_name])
-                rows(target, tensor_map.dim, piece.run).copy_(piece.shard)
+        for piece in shard_parts(tensor_map, rank, len(shards), shard):
+            if piece.row_range.hf_name is not None:
+                target = matrix(tensor_map, whole[piece.row_range.hf_name])
+                rows(target, tensor_map.dim, piece.row_range).copy_(piece.shard)
 
 
 def assemble(tensor_map: TensorMap, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -1,9 +1,9 @@
-"""What the files of a Hugging Face checkpoint hold, and whether it is the model of config.json; from headers alone.
+"""The tensors of a Hugging Face checkpoint folder, and whether they are the model of config.json; from headers alone.
 
-What a file may hold in the place of a weight, quantised, is said in `stored_forms`. Two things in it are no weights of
-the model: an output layer beside the embedding that it is tied to, and what writers of old stored though it follows
-from config.json. They are passed over. So are, with a word about it, the layers after the last that predict further
-tokens (DeepSeek-V3): no part of the policy, they are neither read, nor trained, nor exported.
+A weight may be stored quantised (`stored_forms.py`). Some tensors are skipped: an output layer beside the embedding
+that it is tied to, and buffers of older writers that follow from config.json. The layers after the last one that
+predict further tokens (DeepSeek-V3) are no part of the policy: they are not read, trained or exported, and
+`HFCheckpointFiles.left_out` says so to the user.
 
 Without torch, so that a run can begin with it.
 """
@@ -56,7 +56,7 @@ class HFCheckpointFiles:
         return set(self.tensors)
 
     def form(self, name: str) -> Form | None:
-        """The form in which a weight is held; None: it is not."""
+        """The form in which a weight is stored; None: it is not."""
         return form_of(name, self.tensors)
 
     def check(self, maps: Sequence[TensorMap]) -> None:
@@ -89,7 +89,7 @@ class HFCheckpointFiles:
         return range(last, last + (hf.get("num_nextn_predict_layers") or 0))
 
     def left_out(self) -> str | None:
-        """One line for the user about what the files hold and is not read; None: nothing of worth."""
+        """One line for the user about layers that are in the files and not read; None: there are none."""
         held = [
             n for n in self.layers_that_predict_further() if any(t.startswith(f"model.layers.{n}.") for t in self.names)
         ]

@@ -1,14 +1,10 @@
-"""Hugging Face checkpoint folders: written to a temporary folder that is renamed when it is complete.
+"""Writing Hugging Face checkpoint folders, in a temporary folder that is renamed when it is complete.
 
-`write_hf_checkpoint` writes whole tensors, one after another, in one process; `sharded_export` writes what each rank
-holds, and completes its folder here too.
-
-A Hugging Face checkpoint written by all ranks at once, each what it holds, without sending a tensor to anyone.
-
-Names, dtypes and shapes say where every element lies in the files before one is written. So one rank lays the files
-out, with room for everything, and then each rank writes the runs of its shards into their places. A run of a matrix
-that is split by columns is a piece of every row. What several ranks hold alike is written by one of them, in turns.
-The file system has to be shared by all ranks, as it is for training checkpoints.
+`write_hf_checkpoint` writes whole tensors, one after another, in one process. With `ExportPlan` and `ShardWriter` all
+ranks write at once, and no tensor is sent: names, dtypes and shapes say where every element lies in the files before
+one is written. So one rank lays out the files at full size, and each rank writes the row ranges of its shards in place.
+A row range of a matrix that is split by columns is a part of every row. What several ranks hold alike is written by one
+of them, in turns. The file system must be shared by all ranks, as it is for training checkpoints.
 """
 
 import json
@@ -16,6 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,11 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rl.models.tensor_map import Run, TensorMap
+from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.weights.files.hf_checkpoint import INDEX
-from megatron_rl.weights.files.local_shards import RunOfShard, rows, runs_of_shard
+from megatron_rl.weights.files.local_shards import ShardPart, rows, shard_parts
 from megatron_rl.weights.files.safetensors_files import PlannedFile, create_file, plan_file, write_at
-from megatron_rl.weights.quantized.fp8_parameters import held_value
+from megatron_rl.weights.quantized.fp8_parameters import dequantized
 
 # Weights in any format: beside new ones they would be old ones.
 _NOT_COPIED = (
@@ -189,10 +186,10 @@ class ShardWriter:
 
     def write(self, tensor_map: TensorMap, rank: int, size: int, shard: Tensor) -> None:
         """Write the shard of `rank` of `size`; padding is left out."""
-        pieces: dict[str, list[RunOfShard]] = {}
-        for piece in runs_of_shard(tensor_map, rank, size, held_value(shard, torch.float32)):
-            if piece.run.hf_name is not None:
-                pieces.setdefault(piece.run.hf_name, []).append(piece)
+        pieces: dict[str, list[ShardPart]] = {}
+        for piece in shard_parts(tensor_map, rank, size, dequantized(shard, torch.float32)):
+            if piece.row_range.hf_name is not None:
+                pieces.setdefault(piece.row_range.hf_name, []).append(piece)
         for name, of_tensor in pieces.items():
             for first, values in _joined(of_tensor, tensor_map.dim):
                 self._write(tensor_map, name, first, values.to(device="cpu", dtype=self.tensors[name][0]))
@@ -221,17 +218,18 @@ class ShardWriter:
         return self._open[file], offset
 
 
-def _joined(pieces: list[RunOfShard], dim: int) -> list[tuple[int, Tensor]]:
-    """Runs of one tensor as few blocks of consecutive rows: (first row, rows)."""
-    first = min(piece.run.start for piece in pieces)
-    end = max(piece.run.start + (piece.run.size - 1) * piece.run.step + 1 for piece in pieces)
-    if len(pieces) == 1 or sum(piece.run.size for piece in pieces) != end - first:
-        assert all(piece.run.step == 1 for piece in pieces), "rows that take turns are held together"
-        return [(piece.run.start, piece.shard) for piece in pieces]
+def _joined(pieces: list[ShardPart], dim: int) -> list[tuple[int, Tensor]]:
+    """Parts of one tensor, joined to one block of consecutive rows where they fill it: (first row, rows)."""
+    first = min(piece.row_range.start for piece in pieces)
+    end = max(piece.row_range.start + (piece.row_range.size - 1) * piece.row_range.step + 1 for piece in pieces)
+    if len(pieces) == 1 or sum(piece.row_range.size for piece in pieces) != end - first:
+        assert all(piece.row_range.step == 1 for piece in pieces), "rows that take turns are held together"
+        return [(piece.row_range.start, piece.shard) for piece in pieces]
     shape = list(pieces[0].shard.shape)
     shape[dim] = end - first
     block = pieces[0].shard.new_empty(shape)
     for piece in pieces:
-        run = piece.run
-        rows(block, dim, Run(run.hf_name, run.start - first, run.size, run.step)).copy_(piece.shard)
+        row_range = piece.row_range
+        in_block = replace(row_range, start=row_range.start - first)
+        rows(block, dim, in_block).copy_(piece.shard)
     return [(first, block)]

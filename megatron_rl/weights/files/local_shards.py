@@ -1,17 +1,20 @@
-"""This rank's parameters under the names of the families' tables.
+"""This rank's parameters under the names of the families' tables, and their parts.
 
-The runs of a table as views of tensors, for whoever moves them.
+`local_parameters` names them, `Place` is the rank's position in the groups that split them, `check_table` compares both
+with a table. `matrix`, `rows` and `shard_parts` turn the table's row ranges into views of tensors.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_rl.models.tensor_map import Run, TensorMap
+from megatron_rl.models.tensor_map import RowRange, TensorMap
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.weights.plan.ranks import TrainedRanks, layer_of
 
 # Transformer Engine fuses each norm into the linear layer after it; the tables use the unfused names.
 FUSED_NORMS = {
@@ -85,6 +88,23 @@ class Place:
         return self.tp if tensor_map.expert is None else self.etp
 
 
+def trained_ranks(parameters: Mapping[str, Tensor], groups: Groups) -> TrainedRanks:
+    """The layout that a model has, given this rank's part of it; collective over its pipeline."""
+    mine = sorted({layer for name in parameters if (layer := layer_of(name)) is not None})
+    stages: list[list[int]] = [[] for _ in range(groups.pp.size())]
+    dist.all_gather_object(stages, mine, group=groups.pp)
+    stage_of_layer = {layer: stage for stage, layers in enumerate(stages) for layer in layers}
+    return TrainedRanks(
+        tensor=groups.tp.size(),
+        pipeline=groups.pp.size(),
+        data=groups.dp.size(),
+        stage_of_layer=tuple(stage_of_layer[layer] for layer in sorted(stage_of_layer)),
+        context=groups.cp.size(),
+        expert=groups.ep.size(),
+        expert_tensor=groups.etp.size(),
+    )
+
+
 def check_table(parameters: dict[str, Tensor], maps: Sequence[TensorMap], place: Place) -> None:
     """Assert that the table describes these parameters: every one of them, in the shape that this rank holds."""
     table = {tensor_map.name: tensor_map for tensor_map in maps}
@@ -95,28 +115,29 @@ def check_table(parameters: dict[str, Tensor], maps: Sequence[TensorMap], place:
 
 
 def matrix(tensor_map: TensorMap, hf_tensor: Tensor) -> Tensor:
-    """View of a whole Hugging Face tensor, as stored, whose rows along `tensor_map.dim` the runs count."""
+    """View of a whole Hugging Face tensor, as stored, whose rows along `tensor_map.dim` the row ranges count."""
     view = hf_tensor if tensor_map.index is None else hf_tensor[tensor_map.index]
     return view.t() if tensor_map.transposed else view
 
 
-def rows(view: Tensor, dim: int, run: Run) -> Tensor:
-    """View of the run's rows of a matrix."""
-    index = slice(run.start, run.start + (run.size - 1) * run.step + 1, run.step)
+def rows(view: Tensor, dim: int, row_range: RowRange) -> Tensor:
+    """View of a row range of a matrix."""
+    last = row_range.start + (row_range.size - 1) * row_range.step
+    index = slice(row_range.start, last + 1, row_range.step)
     return view[(slice(None),) * dim + (index,)]
 
 
 @dataclass(frozen=True)
-class RunOfShard:
-    """A run, and the part of a shard that it fills."""
+class ShardPart:
+    """A row range, and the part of a shard that it fills."""
 
-    run: Run
+    row_range: RowRange
     shard: Tensor
 
 
-def runs_of_shard(tensor_map: TensorMap, rank: int, size: int, shard: Tensor) -> Iterator[RunOfShard]:
-    """The shard of rank `rank` of `size`, cut into views of its runs."""
+def shard_parts(tensor_map: TensorMap, rank: int, size: int, shard: Tensor) -> Iterator[ShardPart]:
+    """The shard of rank `rank` of `size`, cut into views, one for each row range."""
     offset = 0
-    for run in tensor_map.runs(rank, size):
-        yield RunOfShard(run, shard.narrow(tensor_map.dim, offset, run.size))
-        offset += run.size
+    for row_range in tensor_map.row_ranges(rank, size):
+        yield ShardPart(row_range, shard.narrow(tensor_map.dim, offset, row_range.size))
+        offset += row_range.size

@@ -6,7 +6,7 @@
     MXFP4      `<name>_blocks` and `<name>_scales` of stacked experts: 32 elements of a row, in E2M1, share a power of
                two. Source: OCP Microscaling Formats 1.0, sections 5.3.3 and 5.4.1; GPT-OSS, arXiv:2508.10925
 
-Here is what each is made of, from the headers of the files alone; how it is read is said in `unpacking`.
+This file finds the form from the headers alone, without torch; `hf_reader.py` reads it.
 """
 
 import json
@@ -77,7 +77,7 @@ FLOATS = ("F32", "BF16", "F16")
 
 
 def form_of(name: str, tensors: Mapping[str, StoredTensor]) -> "Form | None":
-    """The form in which a weight is held; None: it is not."""
+    """The form in which a weight is stored; None: it is not."""
     if name in tensors:
         return Float8(name, tensors) if tensors[name].dtype == "F8_E4M3" else Plain(name, tensors)
     return Mxfp4(name, tensors) if f"{name}_blocks" in tensors else None

@@ -1,6 +1,7 @@
-"""Boxes of matrices: where a shard's parts lie in a checkpoint, and what two shards have in common.
+"""Rectangular blocks of matrices: what a shard consists of (`blocks_of`), and what two shards share (`overlap`).
 
-Pure: numbers in, numbers out.
+A `Block` lies in a Hugging Face matrix and in one shard. A `BlockCopy` copies a block from a source shard to a target
+shard. Pure: numbers in, numbers out.
 """
 
 from math import prod
@@ -9,8 +10,8 @@ from typing import NamedTuple
 from megatron_rl.models.tensor_map import TensorMap
 
 
-class Block(NamedTuple):
-    """A box that is copied from one shard to another: where it begins in each, and its size, by dimension.
+class BlockCopy(NamedTuple):
+    """A block that is copied from one shard to another: where it begins in each, and its size, by dimension.
 
     Rows (the first dimension) are `source_step` apart in the source and `target_step` apart in the target.
     """
@@ -27,17 +28,17 @@ class Block(NamedTuple):
         return prod(self.size)
 
     @property
-    def source_box(self) -> tuple[slice, ...]:
-        """Index of the box in the source."""
+    def source_index(self) -> tuple[slice, ...]:
+        """Index of the block in the source."""
         return _index(self.source_start, self.size, self.source_step)
 
     @property
-    def target_box(self) -> tuple[slice, ...]:
-        """Index of the box in the target."""
+    def target_index(self) -> tuple[slice, ...]:
+        """Index of the block in the target."""
         return _index(self.target_start, self.size, self.target_step)
 
-    def rows(self, begin: int, end: int) -> "Block":
-        """Rows [begin, end) of the box."""
+    def rows(self, begin: int, end: int) -> "BlockCopy":
+        """The copy of rows [begin, end) of the block."""
         first = (self.source_start[0] + begin * self.source_step, *self.source_start[1:])
         second = (self.target_start[0] + begin * self.target_step, *self.target_start[1:])
         return self._replace(source_start=first, target_start=second, size=(end - begin, *self.size[1:]))
@@ -48,8 +49,8 @@ def _index(start: tuple[int, ...], size: tuple[int, ...], step: int) -> tuple[sl
     return (rows, *(slice(a, a + n) for a, n in zip(start[1:], size[1:], strict=True)))
 
 
-class Box(NamedTuple):
-    """A box of a matrix, of rows `step` apart, and where it begins in a shard."""
+class Block(NamedTuple):
+    """A rectangular block of a Hugging Face matrix, its rows `step` apart; `local` is where it begins in a shard."""
 
     hf_name: str
     start: tuple[int, ...]
@@ -58,22 +59,22 @@ class Box(NamedTuple):
     step: int
 
 
-def boxes_of(tensor_map: TensorMap, shard: int, num_shards: int) -> list[Box]:
-    """The boxes that a shard of a parameter is made of, padding left out."""
-    boxes, offset, dim = [], 0, tensor_map.dim
-    for run in tensor_map.runs(shard, num_shards):
-        if run.hf_name is not None:
-            shape = tensor_map.matrix_shape(run.hf_name)
+def blocks_of(tensor_map: TensorMap, shard: int, num_shards: int) -> list[Block]:
+    """The blocks that a shard of a parameter is made of, without padding."""
+    blocks, offset, dim = [], 0, tensor_map.dim
+    for row_range in tensor_map.row_ranges(shard, num_shards):
+        if row_range.hf_name is not None:
+            shape = tensor_map.matrix_shape(row_range.hf_name)
             start, local, size = [0] * len(shape), [0] * len(shape), list(shape)
-            start[dim], local[dim], size[dim] = run.start, offset, run.size
-            assert dim == 0 or run.step == 1, "only rows are taken in steps"
-            boxes.append(Box(run.hf_name, tuple(start), tuple(local), tuple(size), run.step))
-        offset += run.size
-    return boxes
+            start[dim], local[dim], size[dim] = row_range.start, offset, row_range.size
+            assert dim == 0 or row_range.step == 1, "only rows are taken in steps"
+            blocks.append(Block(row_range.hf_name, tuple(start), tuple(local), tuple(size), row_range.step))
+        offset += row_range.size
+    return blocks
 
 
-def overlap(source: Box, target: Box) -> Block | None:
-    """What two boxes have in common, as a copy from the one's shard to the other's."""
+def overlap(source: Block, target: Block) -> BlockCopy | None:
+    """The intersection of two blocks, as a copy from the first one's shard to the second one's; None if it is empty."""
     if source.hf_name != target.hf_name:
         return None
     rows = _common_rows(source, target)
@@ -86,17 +87,17 @@ def overlap(source: Box, target: Box) -> Block | None:
         return None
     locals_of = [
         (
-            box.local[0] + (rows[0] - box.start[0]) // box.step,
-            *(x + f - a for x, f, a in zip(box.local[1:], first, box.start[1:], strict=True)),
+            block.local[0] + (rows[0] - block.start[0]) // block.step,
+            *(x + f - a for x, f, a in zip(block.local[1:], first, block.start[1:], strict=True)),
         )
-        for box in (source, target)
+        for block in (source, target)
     ]
     size = (len(rows), *(end - begin for begin, end in zip(first, ends, strict=True)))
-    return Block(locals_of[0], locals_of[1], size, rows.step // source.step, rows.step // target.step)
+    return BlockCopy(locals_of[0], locals_of[1], size, rows.step // source.step, rows.step // target.step)
 
 
-def _common_rows(source: Box, target: Box) -> range:
-    """Rows that are in both boxes: two ranges of which one's step is a multiple of the other's."""
+def _common_rows(source: Block, target: Block) -> range:
+    """Rows that are in both blocks: two ranges of which one's step is a multiple of the other's."""
     a, b = (range(x.start[0], x.start[0] + x.size[0] * x.step, x.step) for x in (source, target))
     coarse, fine = (a, b) if a.step >= b.step else (b, a)
     assert coarse.step % fine.step == 0

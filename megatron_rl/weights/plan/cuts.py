@@ -1,6 +1,8 @@
-"""How a parameter of the engines is cut among the ranks that send it: evenly, from every source that makes it up.
+"""How the copies of a parameter are cut among the replicas of its source, so that they send equally much.
 
-A pattern holds for all pairs of parameters that differ in the numbers of their layer and expert alone. Pure.
+`cuts_of` intersects the blocks of sources and target (`blocks.py`), divides them into parts no larger than a bucket,
+and splits each part among the replicas (`_split`). The result, `PairCuts`, holds for all pairs of parameters that
+differ in the numbers of their layer and expert alone. Pure.
 """
 
 from collections import Counter
@@ -9,25 +11,25 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from megatron_rl.weights.plan.blocks import Block, boxes_of, overlap
+from megatron_rl.weights.plan.blocks import BlockCopy, blocks_of, overlap
 from megatron_rl.weights.plan.ranks import Entry
 
 _MIN_CUT_BYTES = 64 * 1024
-"""Parts of a parameter are not cut smaller than this for the sake of balance."""
+"""A parameter is not cut into smaller parts than this to balance the senders."""
 
 
 class Cut(NamedTuple):
-    """A block with its place among ranks: the source's shard, the share of its replicas' work, and the receiver."""
+    """A block copy with its ranks. `slot`: which of the source shard's replicas sends it, before turns are taken."""
 
     source_shard: int
-    slot: int | None  # None: the receiver holds it
+    slot: int | None  # None: the receiver holds it itself
     receiver: int
-    block: Block
+    block: BlockCopy
 
 
 @dataclass
-class Pattern:
-    """How a pair of entries is copied, by part; the same for all pairs of its class on the same ranks."""
+class PairCuts:
+    """The cuts of a pair of source and target, by part; the same for all pairs of its class on the same ranks."""
 
     parts: list[list[Cut]]
     part_bytes: int
@@ -46,30 +48,32 @@ class Pattern:
             self.by_receiver.append(receivers)
 
 
-def patterns_of(sources: Sequence[Entry], target: Entry, bucket_bytes: int) -> list[Pattern]:
-    """One pattern for each of the sources that together make up a target."""
-    targets = [boxes_of(target.map, shard, len(target.shards)) for shard in range(len(target.shards))]
+def cuts_of(sources: Sequence[Entry], target: Entry, bucket_bytes: int) -> list[PairCuts]:
+    """The cuts from each of the sources that together make up a target."""
+    targets = [blocks_of(target.map, shard, len(target.shards)) for shard in range(len(target.shards))]
     written = [0] * len(targets)
-    found: list[dict[tuple[int, int], list[Block]]] = []
+    found: list[dict[tuple[int, int], list[BlockCopy]]] = []
     for source in sources:
-        blocks: dict[tuple[int, int], list[Block]] = {}
+        blocks: dict[tuple[int, int], list[BlockCopy]] = {}
         for s in range(len(source.shards)):
-            of_shard = boxes_of(source.map, s, len(source.shards))
+            of_shard = blocks_of(source.map, s, len(source.shards))
             for t, wanted in enumerate(targets):
                 common = [block for a in of_shard for b in wanted if (block := overlap(a, b)) is not None]
                 if common:
                     blocks[s, t] = common
                     written[t] += sum(block.numel for block in common)
         found.append(blocks)
-    for t, boxes in enumerate(targets):
-        needed = sum(prod(box.size) for box in boxes)
+    for t, wanted in enumerate(targets):
+        needed = sum(prod(block.size) for block in wanted)
         if written[t] != needed:
             names = ", ".join(source.map.name for source in sources)
             raise ValueError(f"{target.map.name}: {names} make {written[t]} of its shard's {needed} elements")
-    return [_pattern(source, target, blocks, bucket_bytes) for source, blocks in zip(sources, found, strict=True)]
+    return [_cuts_of_pair(source, target, blocks, bucket_bytes) for source, blocks in zip(sources, found, strict=True)]
 
 
-def _pattern(source: Entry, target: Entry, blocks: dict[tuple[int, int], list[Block]], bucket_bytes: int) -> Pattern:
+def _cuts_of_pair(
+    source: Entry, target: Entry, blocks: dict[tuple[int, int], list[BlockCopy]], bucket_bytes: int
+) -> PairCuts:
     of_target: Counter[int] = Counter()
     for (_, t), common in blocks.items():
         of_target[t] += sum(block.numel for block in common) * target.itemsize
@@ -80,7 +84,7 @@ def _pattern(source: Entry, target: Entry, blocks: dict[tuple[int, int], list[Bl
     for part in range(num_parts):
         cuts: list[Cut] = []
         for s, replicas in enumerate(source.shards):
-            lines: list[tuple[int, int, Block]] = []  # (engine, receiver, block)
+            lines: list[tuple[int, int, BlockCopy]] = []  # (engine, receiver, block)
             for t, receivers in enumerate(target.shards):
                 piece = [b for block in blocks.get((s, t), ()) for b in _part_of(block, part, num_parts)]
                 for engine, receiver in enumerate(receivers):
@@ -89,30 +93,32 @@ def _pattern(source: Entry, target: Entry, blocks: dict[tuple[int, int], list[Bl
                     else:
                         lines += [(engine, receiver, block) for block in piece]
             lines.sort(key=lambda line: line[:2])
-            shared, uneven = _share(s, lines, len(replicas), target.itemsize)
-            cuts += shared
+            split, uneven = _split(s, lines, len(replicas), target.itemsize)
+            cuts += split
             odd = odd or uneven
         parts.append(cuts)
-    return Pattern(parts, -(-largest // num_parts), odd)
+    return PairCuts(parts, -(-largest // num_parts), odd)
 
 
-def _part_of(block: Block, part: int, num_parts: int) -> list[Block]:
+def _part_of(block: BlockCopy, part: int, num_parts: int) -> list[BlockCopy]:
     rows = block.size[0]
     begin, end = part * rows // num_parts, (part + 1) * rows // num_parts
     return [block.rows(begin, end)] if end > begin else []
 
 
-def _share(shard: int, lines: Sequence[tuple[int, int, Block]], replicas: int, itemsize: int) -> tuple[list[Cut], bool]:
-    """Give each replica an even share of the blocks, laid end to end in the order of the engines.
+def _split(
+    shard: int, lines: Sequence[tuple[int, int, BlockCopy]], replicas: int, itemsize: int
+) -> tuple[list[Cut], bool]:
+    """Split the block copies of a shard evenly among its replicas.
 
-    The line is cut between rows, at the multiples of 1/replicas of its length or, where these are shorter than
-    _MIN_CUT_BYTES, of as many shares as are not.
+    They are laid end to end in the order of the engines, and cut between rows at multiples of 1/replicas of the total
+    length; at fewer places where a split would be shorter than _MIN_CUT_BYTES.
 
     Returns:
-        The cuts, and whether shares are uneven, so that the pairs of the class must take turns.
+        The cuts, and whether the splits are uneven, so that the pairs of the class must take turns.
     """
     total = sum(block.numel for _, _, block in lines)
-    shares = max(1, min(replicas, total * itemsize // _MIN_CUT_BYTES))
+    num_splits = max(1, min(replicas, total * itemsize // _MIN_CUT_BYTES))
     cuts: list[Cut] = []
     sizes: Counter[int] = Counter()
     done = slot = 0
@@ -120,7 +126,7 @@ def _share(shard: int, lines: Sequence[tuple[int, int, Block]], replicas: int, i
         row_numel = block.numel // block.size[0]
         begin = 0
         while begin < block.size[0]:
-            boundary = (slot + 1) * total / shares
+            boundary = (slot + 1) * total / num_splits
             rows = min(block.size[0] - begin, round((boundary - done) / row_numel))
             if rows > 0:
                 cuts.append(Cut(shard, slot, receiver, block.rows(begin, begin + rows)))
@@ -128,11 +134,11 @@ def _share(shard: int, lines: Sequence[tuple[int, int, Block]], replicas: int, i
                 begin += rows
                 done += rows * row_numel
             if begin < block.size[0]:
-                if slot == shares - 1:  # what rounding has left
+                if slot == num_splits - 1:  # what rounding has left
                     cuts.append(Cut(shard, slot, receiver, block.rows(begin, block.size[0])))
                     done += (block.size[0] - begin) * row_numel
                     begin = block.size[0]
                 else:
                     slot += 1
-    uneven = shares < replicas or any(abs(size * shares - total) > 0.02 * total for size in sizes.values())
+    uneven = num_splits < replicas or any(abs(size * num_splits - total) > 0.02 * total for size in sizes.values())
     return cuts, bool(lines) and uneven

@@ -14,14 +14,14 @@ how it is split, follows from the tensor's name by the rules below, for every de
     norms, router                       on every rank
 
 `rollout/weight_loading.py` compares shapes with the engine's before the first copy, so a release of vLLM that fuses
-otherwise is an error and not a wrong model. Pure: shapes in, runs out. Read off vLLM 0.32.
+otherwise is an error and not a wrong model. Pure: shapes in, row ranges out. Read off vLLM 0.32.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from megatron_rl.models.tensor_map import Run, TensorMap, gate_up, of_expert, replicated, split
+from megatron_rl.models.tensor_map import RowRange, TensorMap, gate_up, of_expert, replicated, split
 
 _VOCABULARY_MULTIPLE = 64
 _EXPERT = re.compile(r"^(?P<mlp>.*)\.experts\.(?P<number>\d+)\.(?P<part>\w+)\.weight$")
@@ -105,34 +105,36 @@ def _dense_map(name: str, shape: tuple[int, ...], shapes: Shapes, num_key_value_
 
 
 def _stacked(name: str, parts: dict[str, tuple[int, ...]]) -> TensorMap:
-    return TensorMap(name, parts, 0, True, lambda rank, size: [Run(part, 0, s[0]) for part, s in parts.items()])
+    return TensorMap(name, parts, 0, True, lambda rank, size: [RowRange(part, 0, s[0]) for part, s in parts.items()])
 
 
 def _fused_qkv(name: str, parts: dict[str, tuple[int, ...]], num_key_value_heads: int) -> TensorMap:
     (q, q_shape), *key_value = parts.items()
 
-    def runs(rank: int, size: int) -> list[Run]:
+    def row_ranges(rank: int, size: int) -> list[RowRange]:
         rows = q_shape[0] // size
-        pieces = [Run(q, rank * rows, rows)]
+        pieces = [RowRange(q, rank * rows, rows)]
         for hf_name, shape in key_value:
-            held = min(size, num_key_value_heads)
-            rows = shape[0] // held
-            pieces.append(Run(hf_name, rank * held // size * rows, rows))
+            num_splits = min(size, num_key_value_heads)
+            rows = shape[0] // num_splits
+            pieces.append(RowRange(hf_name, rank * num_splits // size * rows, rows))
         return pieces
 
-    return TensorMap(name, parts, 0, False, runs)
+    return TensorMap(name, parts, 0, False, row_ranges)
 
 
 def _padded_vocabulary(name: str, shape: tuple[int, ...]) -> TensorMap:
     padded = -(-shape[0] // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
-    def runs(rank: int, size: int) -> list[Run]:
+    def row_ranges(rank: int, size: int) -> list[RowRange]:
         part = padded // size
         first = min(rank * part, shape[0])
         real = min(part, shape[0] - first)
-        return ([Run(name, first, real)] if real else []) + ([Run(None, 0, part - real)] if part > real else [])
+        return ([RowRange(name, first, real)] if real else []) + (
+            [RowRange(None, 0, part - real)] if part > real else []
+        )
 
-    return TensorMap(name, {name: shape}, 0, False, runs)
+    return TensorMap(name, {name: shape}, 0, False, row_ranges)
 
 
 def _row_of_stacked(source: TensorMap) -> TensorMap:
@@ -144,13 +146,15 @@ def _row_of_stacked(source: TensorMap) -> TensorMap:
     shape = source.matrix_shape(name)
     if kind == "bias" and part.startswith("down"):
 
-        def first_rank_only(rank: int, size: int) -> list[Run]:
+        def first_rank_only(rank: int, size: int) -> list[RowRange]:
             # vLLM sums the ranks' outputs: one of them adds the bias, the others hold zeros.
-            return [Run(name if rank == 0 else None, 0, shape[0])]
+            return [RowRange(name if rank == 0 else None, 0, shape[0])]
 
-        return replace(source, name=fused, dim=0, replicated=False, runs=first_rank_only)
+        return replace(source, name=fused, dim=0, replicated=False, row_ranges=first_rank_only)
     dim = 1 if part.startswith("down") else 0
-    return replace(source, name=fused, dim=dim, replicated=False, runs=split(fused, name, shape, dim=dim).runs)
+    return replace(
+        source, name=fused, dim=dim, replicated=False, row_ranges=split(fused, name, shape, dim=dim).row_ranges
+    )
 
 
 def hf_shapes(maps: Sequence[TensorMap]) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""The part of one rank in a shard plan, as it travels to a rank in another process."""
+"""A rank plan: one rank's part in a shard plan, as it is sent to a rank in another process."""
 
 import base64
 import dataclasses
@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rl.weights.plan.blocks import Block
+from megatron_rl.weights.plan.blocks import BlockCopy
 from megatron_rl.weights.plan.shard_plan import ShardPlan, Slice
 
 
 @dataclass(frozen=True)
 class EngineShard:
-    """What a rank of an engine expects, from its plan.
+    """What a rank of an engine receives by its plan.
 
     Attributes:
         shapes: of every target, by name.
@@ -29,7 +29,7 @@ class EngineShard:
 
 @dataclass(frozen=True)
 class Bucket:
-    """What one rank does in a bucket: slices to send by receiver, to get by sender, and to copy from itself."""
+    """One rank's part in a bucket: slices to send by receiver, to receive by sender, and to copy from itself."""
 
     outgoing: dict[int, list[Slice]]
     incoming: dict[int, list[Slice]]
@@ -37,16 +37,16 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Orders:
+class RankPlan:
     """The part of one rank in a plan."""
 
     buckets: list[Bucket]
     shard: EngineShard
-    """What its engine expects; empty on a rank that only sends."""
+    """What its engine receives; empty on a rank that only sends."""
 
     @classmethod
-    def of(cls, plan: ShardPlan, rank: int, expert_rows: Mapping[int, int]) -> "Orders":
-        """The orders of a rank."""
+    def of(cls, plan: ShardPlan, rank: int, expert_rows: Mapping[int, int]) -> "RankPlan":
+        """The rank plan of a rank."""
         buckets = []
         for index in range(plan.num_buckets):
             outgoing, incoming = plan.sends(rank, index), plan.receives(rank, index)
@@ -77,11 +77,11 @@ class Orders:
 
     def to_text(self) -> str:
         """For a rank in another process; compressed, as a plan says much the same of each layer."""
-        told = [[dataclasses.astuple(bucket) for bucket in self.buckets], dataclasses.astuple(self.shard)]
-        return base64.b64encode(zlib.compress(json.dumps(told).encode(), level=1)).decode()
+        fields = [[dataclasses.astuple(bucket) for bucket in self.buckets], dataclasses.astuple(self.shard)]
+        return base64.b64encode(zlib.compress(json.dumps(fields).encode(), level=1)).decode()
 
     @classmethod
-    def from_text(cls, text: str) -> "Orders":
+    def from_text(cls, text: str) -> "RankPlan":
         """Inverse of `to_text`."""
         buckets, (shapes, zeros, expert_rows) = json.loads(zlib.decompress(base64.b64decode(text)))
         shard = EngineShard(
@@ -99,6 +99,6 @@ def _by_peer(side: dict[str, list[Any]]) -> dict[int, list[Slice]]:
 
 def _slices(rows: list[Any]) -> list[Slice]:
     return [
-        Slice(source, target, Block(tuple(a), tuple(b), tuple(size), *steps), dtype)
+        Slice(source, target, BlockCopy(tuple(a), tuple(b), tuple(size), *steps), dtype)
         for source, target, (a, b, size, *steps), dtype in rows
     ]

@@ -1,9 +1,8 @@
-"""Which ranks hold which parameter: of the trained model by its parallel sizes, of the engines by theirs.
+"""Which ranks own which parameter: `TrainedRanks` and `EngineRanks`, from the parallel sizes of either side.
 
-Both return entries of a shard plan. Rank numbers are those of one list that trained ranks and engine ranks share:
-colocated engines are cut from the trained ranks, disaggregated ones come after them. Arithmetic alone.
-
-What one side of a shard plan holds: parameters, and the ranks that have their shards. Pure.
+Both list their parameters as entries of a shard plan: an `Entry` is a parameter and, for each of its shards, the ranks
+that own a replica of it. Rank numbers are those of one list for trained ranks and engine ranks: colocated engines are
+on the trained ranks, disaggregated ones come after them. Arithmetic alone.
 """
 
 import re
@@ -21,11 +20,11 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter of one side, and the ranks that have it.
+    """A parameter of one side, and the ranks that own its shards.
 
     Attributes:
         map: what its shards are made of; `map.name` names it on its side.
-        shards: ranks of each shard. Any rank of a source's shard may send it; every rank of a target's must get it.
+        shards: owners of each shard. Any owner of a source's shard may send it; every owner of a target's must get it.
             A replicated map has a single shard. Entries on the same ranks share the same tuple object.
         dtype: of the elements as they travel, a key of ITEMSIZE; for targets, what the engine holds.
     """
@@ -107,7 +106,7 @@ class TrainedRanks:
 
     @cached_property
     def _merged(self) -> dict[int, tuple[Ranks, ...]]:
-        """Of the ranks of each stage's experts, one shard that all of them hold."""
+        """Of the ranks of each stage's experts, one shard that all of them own."""
         return {
             id(shards): (tuple(sorted(rank for ranks in shards for rank in ranks)),)
             for of_stage in self._experts

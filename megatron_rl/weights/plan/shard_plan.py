@@ -1,14 +1,14 @@
-"""Who copies which slice of which parameter to whom, so that trained shards become engine shards.
+"""The shard plan: which rank sends which slice of which parameter to which rank in a weight sync.
 
-Both sides are described by the same kind of table (`models/tensor_map.py`): a shard is made of runs of Hugging Face
-rows. So the plan is an intersection: where a run of a trained shard and a run of an engine's shard are the same
-elements, they are copied from the one place to the other. Interleaved query groups, stacked projections, replicated
-KV heads, numbered experts and padded vocabularies are all in the tables; nothing here knows of them.
+Both sides are described by the same kind of table (`models/tensor_map.py`): a shard is made of row ranges of Hugging
+Face matrices. So the plan is an intersection: elements in a row range of a trained shard and in one of an engine's
+shard are copied from the former to the latter. Interleaved query groups, stacked projections, replicated
+KV heads, numbered experts and padded vocabularies are all in the tables; this file does not know them.
 
     sources x targets -> pairs that share tensors -> blocks per pair of shards -> a sender each -> buckets
 
-Every element of every target is written once. It comes from the rank itself where that holds it, and else from one of
-the replicas, which share the work of each parameter evenly and, where they can, serve different engines. Parameters
+Every element of every target is written once. It comes from the rank itself if that owns it, else from one of the
+replicas, which share the work of each parameter evenly and, where they can, serve different engines. Parameters
 travel in the order of the targets in buckets of bounded size, so an engine can load one while the next travels.
 
 Layers and experts repeat, so the blocks are computed once for each class of pairs and each rank enumerates only what
@@ -18,22 +18,23 @@ it sends or receives: a plan of thousands of ranks takes seconds. Pure: no tenso
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_rl.models.tensor_map import TensorMap
-from megatron_rl.weights.plan.blocks import Block
-from megatron_rl.weights.plan.cuts import Cut, Pattern, patterns_of
-from megatron_rl.weights.plan.ranks import ITEMSIZE, Entry, Ranks
+from megatron_rl.weights.plan.blocks import BlockCopy
+from megatron_rl.weights.plan.cuts import Cut, PairCuts, cuts_of
+from megatron_rl.weights.plan.engine_table import engine_maps
+from megatron_rl.weights.plan.ranks import ITEMSIZE, EngineRanks, Entry, Ranks, TrainedRanks
 
 _NUMBERS = re.compile(r"\d+")
 
 
 class Slice(NamedTuple):
-    """A block of named parameters."""
+    """A block copy between two named parameters: what travels in messages."""
 
     source: str
     target: str
-    block: Block
+    block: BlockCopy
     dtype: str
 
     @property
@@ -43,11 +44,11 @@ class Slice(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """A source and a target that share tensors. `turn` counts the pairs of a class, which take turns at odd shares."""
+    """A source and a target that share tensors. `turn`: number among the pairs of its class."""
 
     source: Entry
     target: Entry
-    pattern: Pattern
+    cuts: PairCuts
     turn: int
 
     def sender(self, cut: Cut) -> int:
@@ -89,7 +90,7 @@ class ShardPlan:
         out: dict[int, list[Slice]] = {}
         for pair, part in self._items(bucket):
             for shard in self._placed[0][id(pair.source.shards)].get(rank, ()):
-                for cut in pair.pattern.by_sender[part].get(shard, ()):
+                for cut in pair.cuts.by_sender[part].get(shard, ()):
                     if pair.sender(cut) == rank:
                         out.setdefault(cut.receiver, []).append(_slice(pair, cut))
         return out
@@ -98,7 +99,7 @@ class ShardPlan:
         """What a rank gets in a bucket, by sender, in the order of the message."""
         out: dict[int, list[Slice]] = {}
         for pair, part in self._items(bucket):
-            for cut in pair.pattern.by_receiver[part].get(rank, ()):
+            for cut in pair.cuts.by_receiver[part].get(rank, ()):
                 out.setdefault(pair.sender(cut), []).append(_slice(pair, cut))
         return out
 
@@ -107,10 +108,10 @@ class ShardPlan:
         for entry in self.targets:
             for shard in self._placed[1][id(entry.shards)].get(rank, ()):
                 offset = 0
-                for run in entry.map.runs(shard, len(entry.shards)):
-                    if run.hf_name is None:
-                        yield entry.map.name, entry.map.dim, offset, run.size
-                    offset += run.size
+                for rows in entry.map.row_ranges(shard, len(entry.shards)):
+                    if rows.hf_name is None:
+                        yield entry.map.name, entry.map.dim, offset, rows.size
+                    offset += rows.size
 
     def targets_of(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Shape of each target that a rank holds, padding included."""
@@ -126,13 +127,13 @@ class ShardPlan:
         example: dict[tuple[int, int, int, int], _Pair] = {}
         for pair in self._pairs:
             turns = max(len(replicas) for replicas in pair.source.shards)
-            key = (id(pair.pattern), id(pair.source.shards), id(pair.target.shards), pair.turn % turns)
+            key = (id(pair.cuts), id(pair.source.shards), id(pair.target.shards), pair.turn % turns)
             alike[key] += 1
             example.setdefault(key, pair)
         total: Counter[tuple[int, int]] = Counter()
         for key, count in alike.items():
             pair = example[key]
-            for part in pair.pattern.parts:
+            for part in pair.cuts.parts:
                 for cut in part:
                     num_bytes = count * cut.block.numel * pair.target.itemsize
                     total[pair.sender(cut), cut.receiver] += num_bytes
@@ -141,6 +142,34 @@ class ShardPlan:
     def _items(self, bucket: int) -> Iterator[tuple[_Pair, int]]:
         for index, part in self.buckets[bucket]:
             yield self._pairs[index], part
+
+
+def plan_sync(
+    hf: dict[str, Any],
+    maps: Sequence[TensorMap],
+    trained: TrainedRanks,
+    engines: EngineRanks,
+    *,
+    dtype: str,
+    bucket_bytes: int,
+) -> ShardPlan:
+    """The plan from a trained model to vLLM engines whose weights have the same dtype.
+
+    Args:
+        hf: config.json of the model.
+        maps: the table of its family.
+        trained, engines: which ranks hold which parameter.
+        dtype: of the weights, a key of `ITEMSIZE`; those that the table keeps in float32 travel so.
+        bucket_bytes: what a rank receives in one bucket, at most.
+    """
+    heads = hf.get("num_key_value_heads") or hf["num_attention_heads"]
+    in_float32 = {hf_name for tensor_map in maps if tensor_map.float32 for hf_name in tensor_map.hf_shapes}
+    sources = trained.entries(maps, lambda tensor_map: "float32" if tensor_map.float32 else dtype)
+    targets = engines.entries(
+        engine_maps(maps, num_key_value_heads=heads),
+        lambda tensor_map: dtype if in_float32.isdisjoint(tensor_map.hf_shapes) else "float32",
+    )
+    return ShardPlan(sources, targets, bucket_bytes=bucket_bytes)
 
 
 def _slice(pair: _Pair, cut: Cut) -> Slice:
@@ -169,7 +198,7 @@ def _pairs(sources: Sequence[Entry], targets: Sequence[Entry], bucket_bytes: int
     for entry in sources:
         for matrix in _matrices(entry.map):
             of_matrix.setdefault(matrix, []).append(entry)
-    patterns: dict[object, list[Pattern]] = {}
+    cuts_of_class: dict[object, list[PairCuts]] = {}
     turns: Counter[tuple[int, int]] = Counter()
     receivers = {rank for entry in targets for ranks in entry.shards for rank in ranks}
     apart = {
@@ -187,11 +216,11 @@ def _pairs(sources: Sequence[Entry], targets: Sequence[Entry], bucket_bytes: int
             _class(target, apart=False),
             *(_class(partner, apart=apart[id(partner.shards)]) for partner in partners.values()),
         )
-        if key not in patterns:
-            patterns[key] = patterns_of(list(partners.values()), target, bucket_bytes)
-        for pattern, source in zip(patterns[key], partners.values(), strict=True):
-            place = (id(pattern), id(source.shards))
-            pairs.append(_Pair(source, target, pattern, turns[place] if pattern.takes_turns else 0))
+        if key not in cuts_of_class:
+            cuts_of_class[key] = cuts_of(list(partners.values()), target, bucket_bytes)
+        for cuts, source in zip(cuts_of_class[key], partners.values(), strict=True):
+            place = (id(cuts), id(source.shards))
+            pairs.append(_Pair(source, target, cuts, turns[place] if cuts.takes_turns else 0))
             turns[place] += 1
     return pairs
 
@@ -211,8 +240,8 @@ def _buckets(pairs: Sequence[_Pair], bucket_bytes: int) -> list[list[tuple[int, 
     buckets: list[list[tuple[int, int]]] = []
     room = 0
     for index, pair in enumerate(pairs):
-        for part in range(len(pair.pattern.parts)):
-            size = pair.pattern.part_bytes
+        for part in range(len(pair.cuts.parts)):
+            size = pair.cuts.part_bytes
             if size > room or not buckets:
                 buckets.append([])
                 room = bucket_bytes

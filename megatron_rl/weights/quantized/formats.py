@@ -17,12 +17,11 @@ The checkpoint's layout is that of the compressed-tensors library, which vLLM an
 of DeepSeek-V3's release, and its rounding vLLM's own, which an engine would do to the same weights, bit for bit.
 Source of the formats: github.com/vllm-project/compressed-tensors; OCP 8-bit floating point (E4M3), NVFP4 by NVIDIA.
 
-AWQ's scales folded into the layers before, so that a checkpoint needs no operation of its own for them.
-
-A scaled layer computes (W diag(s)) (x / s), the same as W x. The division is done for nothing where x comes out of
-something linear in its own parameters: a norm's weight, or the rows of the up projection, which the gated activation
-multiplies. What attention's output projection reads is mixed from the values of several heads that share a group, so
-its scales have no home; it stays unscaled.
+`fold_awq_scales` folds AWQ's scales into the layers before, so that a checkpoint needs no extra operation for them. A
+scaled layer computes (W diag(s)) (x / s), which is W x. The division costs nothing if x is the output of something
+linear in its own parameters: a norm's weight, or the rows of the up projection, which the gated activation multiplies.
+The input of attention's output projection mixes the values of several heads that share a group, so its scales cannot be
+folded; it stays unscaled.
 """
 
 import re

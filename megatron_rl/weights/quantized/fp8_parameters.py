@@ -1,9 +1,9 @@
-"""Parameters that are kept in FP8 (`model.fp8_param`): what they are worth, and how to fill them.
+"""Parameters that are kept in FP8 (`model.fp8_param`): reading their values, and filling them.
 
-Transformer Engine keeps such a parameter as codes and scales in a tensor of its own class; a view of it is a copy in
-higher precision, so that writing to a view changes nothing. Read, it gives the values that the forward pass computes
-with, which are also what is exported and sent to engines. Written, it is rounded once, from float32, and the
-optimizer's float32 copy begins with what was written, not with what the rounding left of it.
+Transformer Engine keeps such a parameter as codes and scales in a tensor class of its own; a view of it is a copy in
+higher precision, so writing to a view changes nothing. `dequantized` gives the values that the forward pass computes
+with; they are exported and sent to engines. `fillable` rounds new values once, from float32, and the optimizer's
+float32 copy starts from the values before rounding.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 
-def held_value(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantized(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """The parameter without gradient; one in FP8 as the values of its codes, in `dtype`."""
     parameter = parameter.detach()
     if not is_float8tensor(parameter):

@@ -1,16 +1,18 @@
-"""Carries out a shard plan: packs what a rank sends, unpacks what it gets, bucket by bucket.
+"""One rank's part in a weight sync: packs and sends its slices, receives and loads those for it, bucket by bucket.
 
     sender    parameters -> message of a (bucket, receiver) -> transport
-    receiver  transport -> message -> loader, slice by slice; what the rank holds itself is copied without a message
+    receiver  transport -> message -> loader, slice by slice; slices that the rank holds itself are sent_copy directly
 
-The next bucket travels while the last is loaded: at most two buckets of messages exist. Messages prove themselves
-(`messages.py`): one that is damaged or of another synchronisation is never loaded. With `verify`, senders add each
-slice's checksum and the loader compares the parameters that it has filled with their sums.
+`Exchange` does it by a rank plan. `Transport`, `Pending` and `Loader` are the interfaces that it needs. `verified` says
+which parameters get checksums: senders add the checksum of each slice, and the loader compares each parameter that it
+has filled with their sum. A damaged message or one of another version is never loaded (`messages.py`).
 
-With `max_changed`, both sides keep a copy of what was sent, in as much memory again, and a message holds only the
-elements that have changed since, where they are not more than that share. After a round that failed nothing is known
-of what the other side holds: every rank forgets its copies, and the next round sends everything. So does a round with
-a receiver that was started anew: it refuses changes to what it never had.
+The next bucket is sent while the last one is loaded, so there are at most two buckets of messages.
+
+With `max_changed` both sides keep a copy of what was sent, in as much memory again, and a message holds only the
+elements that have changed since, if these are not more than that fraction. After a failed round nobody knows what the
+other side holds: every rank forgets its copies, and the next round sends everything. The same happens if a receiver was
+restarted: it refuses changes to values that it never had.
 """
 
 import zlib
@@ -20,18 +22,18 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_rl.weights.plan.rank_plan import Orders
+from megatron_rl.weights.plan.rank_plan import RankPlan
 from megatron_rl.weights.plan.shard_plan import Slice
 from megatron_rl.weights.transport.messages import (
-    Copy,
+    SentCopy,
     TransferError,
     Verify,
     checksum_of,
-    copied,
     message_bytes,
     open_message,
     pack_changes,
     pack_whole,
+    sent_copy,
     slices_in,
     values_of,
 )
@@ -41,7 +43,7 @@ _SAMPLED_OF = 16
 
 
 OnFilled = Callable[[str, Tensor], None]
-"""Told the name and the values of an engine's parameter when all of it has come."""
+"""Called with the name and the values of an engine's parameter when all of it has come."""
 
 
 class Loader(Protocol):
@@ -57,7 +59,7 @@ class Loader(Protocol):
 
 
 class Pending(Protocol):
-    """Messages of a bucket on their way."""
+    """The messages of a bucket that are being sent and received."""
 
     def arrived(self, sender: int) -> Tensor:
         """The message of a sender, [num_bytes] uint8; waits. Raises TransferError after the transport's time limit."""
@@ -87,14 +89,14 @@ class Transport(Protocol):
 class Exchange:
     """The part of one rank in a plan: sender, receiver or both. Used again for every version."""
 
-    def __init__(self, orders: Orders, *, max_changed: float = 0.0) -> None:
+    def __init__(self, rank_plan: RankPlan, *, max_changed: float = 0.0) -> None:
         """Args:
-        orders: of this rank.
-        max_changed: share of a message's elements up to which only changed ones are sent, the same on all ranks; 0:
+        rank_plan: of this rank.
+        max_changed: fraction of a message's elements up to which only changed ones are sent, the same on all ranks; 0:
             always all of them, and no copy is kept.
         """
-        self._buckets, self._max_changed = orders.buckets, max_changed
-        self._copies: dict[tuple[int, int], Copy] = {}  # by (bucket, peer)
+        self._buckets, self._max_changed = rank_plan.buckets, max_changed
+        self._copies: dict[tuple[int, int], SentCopy] = {}  # by (bucket, peer)
         self.sent_bytes = 0
         """Bytes of this rank's messages in the last round."""
 
@@ -201,7 +203,7 @@ class Exchange:
 
     def _keep(self, index: int, peer: int, message: Tensor, pieces: list[Slice], version: int) -> None:
         if self._max_changed:
-            self._copies[index, peer] = copied(message, pieces, version)
+            self._copies[index, peer] = sent_copy(message, pieces, version)
 
 
 @contextmanager

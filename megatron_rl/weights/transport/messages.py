@@ -1,4 +1,4 @@
-"""What a message between two ranks of a plan looks like: the slices of a bucket, and what proves them.
+"""The messages between two ranks of a shard plan: their format, their checksums, and messages of changes alone.
 
     body | checksum of each slice, if verified | base | sum of the body's slices | version | sum of the words before
 
@@ -6,21 +6,19 @@
     base B:  the body is what has changed since version B, slice by slice:
              number of changed elements of each | their positions, int32 | their bits      (each padded to 8 bytes)
 
-A message that is damaged, of another synchronisation, or based on a version that the receiver does not hold, is an
-error before anything of it is loaded.
+`pack_whole` and `pack_changes` make a message, `open_message` checks one, `slices_in` reads it. A message that is
+damaged, of another synchronisation, or based on a version that the receiver does not hold, is an error before anything
+of it is loaded.
 
-A checksum of a parameter that its shards' slices add up to, whoever sent them and in whatever order.
+`checksum` is a sum over the elements' bits as integers, so the checksums of a parameter's slices add up to its own:
 
     checksum(X) = sum_i a(i) sum_j X[i, j] + sum_j b(j) sum_i X[i, j]   (mod 2^64),   a, b: hashes of row and column
 
-over the elements' bits as integers. It is a sum over elements, so slices are summed up where they are sent and the
-whole where it arrived. A changed bit changes it; so do rows or columns that changed places.
+A changed bit changes it, and so do rows or columns that changed places.
 
-Which elements of a slice have changed since it was last sent, and how to bring a copy up to date with them.
-
-A step of reinforcement learning at a small learning rate moves most bfloat16 weights by less than half their last bit:
-few elements change, and only these need to travel. Elements are compared by their bits, so the copy is exact, also for
-zeros of either sign and nan. Pure: tensors in, tensors out.
+`take_changes` finds the elements that have changed since a slice was last sent; `apply_changes` updates a copy. At a
+small learning rate a step moves most bfloat16 weights by less than half their last bit, so few elements change.
+Elements are compared by their bits: the copy is exact, also for zeros of either sign and nan.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,11 +38,11 @@ _CHUNK = 1 << 22
 
 
 def checksum(values: Tensor, start: Sequence[int] = (), row_step: int = 1) -> int:
-    """Checksum of a box of a parameter, a signed 64-bit integer.
+    """Checksum of a block of a parameter, a signed 64-bit integer.
 
     Args:
         values: [n] or [n, m], any dtype of 1, 2, 4 or 8 bytes.
-        start: where the box begins in its parameter; () is its origin.
+        start: where the block begins in its parameter; () is its origin.
         row_step: its rows are so far apart there.
     """
     first_row, first_column = (*start, 0, 0)[:2]
@@ -76,11 +74,11 @@ def byte_sum(message: Tensor) -> int:
     return int(message.view(torch.int64).sum()) if len(message) else 0
 
 
-def take_changes(held: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def take_changes(previous: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """The changed elements of a slice, and the copy brought up to date.
 
     Args:
-        held: [num_bytes] uint8, what the slice was; overwritten by what it is.
+        previous: [num_bytes] uint8, what the slice was; overwritten by what it is.
         values: the slice, of any shape and dtype of as many bytes.
 
     Returns:
@@ -88,15 +86,15 @@ def take_changes(held: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """
     new = bits(values).reshape(-1)
     assert new.numel() < 2**31, "positions are 32-bit"
-    old = held.view(new.dtype)
+    old = previous.view(new.dtype)
     changed = (old != new).nonzero().squeeze(1)
     old.copy_(new)
     return changed.int(), new[changed]
 
 
-def apply_changes(held: Tensor, positions: Tensor, values: Tensor) -> None:
+def apply_changes(previous: Tensor, positions: Tensor, values: Tensor) -> None:
     """Bring a copy of a slice up to date, in place; arguments as returned by `take_changes`."""
-    held.view(values.dtype)[positions.long()] = values
+    previous.view(values.dtype)[positions.long()] = values
 
 
 _ALIGNMENT = 8
@@ -113,8 +111,8 @@ class TransferError(RuntimeError):
 
 
 @dataclass
-class Copy:
-    """Slices of a message as they were sent last: [num_bytes] uint8, padded as in a message."""
+class SentCopy:
+    """Slices of a message as they were last sent: [num_bytes] uint8, padded as in a message; kept by both sides."""
 
     slices: Tensor
     version: int
@@ -122,7 +120,7 @@ class Copy:
 
 def values_of(piece: Slice, parameters: Mapping[str, Tensor]) -> Tensor:
     """The values of a slice at its sender, in the dtype in which they travel."""
-    return parameters[piece.source].detach()[piece.block.source_box].to(getattr(torch, piece.dtype))
+    return parameters[piece.source].detach()[piece.block.source_index].to(getattr(torch, piece.dtype))
 
 
 def checksum_of(piece: Slice, values: Tensor, verify: Verify) -> int | None:
@@ -132,7 +130,7 @@ def checksum_of(piece: Slice, values: Tensor, verify: Verify) -> int | None:
 
 def message_bytes(pieces: Sequence[Slice], verify: Verify) -> int:
     """Length of a message that holds the slices whole; no other is longer."""
-    return _slices_bytes(pieces) + _proof_bytes(pieces, verify)
+    return _slices_bytes(pieces) + _trailer_bytes(pieces, verify)
 
 
 def pack_whole(
@@ -162,16 +160,16 @@ def pack_whole(
     return message
 
 
-def copied(message: Tensor, pieces: Sequence[Slice], version: int) -> Copy:
+def sent_copy(message: Tensor, pieces: Sequence[Slice], version: int) -> SentCopy:
     """The copy that a message of whole slices leaves on either side."""
-    return Copy(message[: _slices_bytes(pieces)].clone(), version)
+    return SentCopy(message[: _slices_bytes(pieces)].clone(), version)
 
 
 def pack_changes(
     pieces: Sequence[Slice],
     parameters: Mapping[str, Tensor],
     allocate: Allocate,
-    copy: Copy,
+    copy: SentCopy,
     *,
     max_changed: float,
     version: int,
@@ -197,7 +195,7 @@ def pack_changes(
     length = sum(len(part) for part in body)
     if int(counts.sum()) > max_changed * sum(piece.block.numel for piece in pieces) or length > offset:
         body, base, length = [copy.slices], _WHOLE, offset
-    message = allocate(length + _proof_bytes(pieces, verify))
+    message = allocate(length + _trailer_bytes(pieces, verify))
     torch.cat(body, out=message[:length])
     slices_sum = 0 if base == _WHOLE else byte_sum(copy.slices)
     _seal(message, length, checksums, base=base, slices_sum=slices_sum, version=version)
@@ -224,7 +222,7 @@ class Opened:
 
 
 def open_message(
-    message: Tensor, pieces: Sequence[Slice], where: str, *, version: int, verify: Verify, copy: Copy | None
+    message: Tensor, pieces: Sequence[Slice], where: str, *, version: int, verify: Verify, copy: SentCopy | None
 ) -> Opened:
     """Check a message; of one with changes, bring `copy` up to date, whose slices are then the result's.
 
@@ -232,15 +230,15 @@ def open_message(
         TransferError: it is damaged, of another version, or based on another than `copy`'s. `where` is in the text.
     """
     where = f"weights {where} (parameters from {pieces[0].target} on)"
-    proof = _proof_bytes(pieces, verify)
-    if len(message) < proof or len(message) % _ALIGNMENT:
+    trailer = _trailer_bytes(pieces, verify)
+    if len(message) < trailer or len(message) % _ALIGNMENT:
         raise TransferError(f"{where}: {len(message)} bytes are no message")
-    *checksums, base, slices_sum, sent_version, total = message[-proof:].view(torch.int64).tolist()
+    *checksums, base, slices_sum, sent_version, total = message[-trailer:].view(torch.int64).tolist()
     if total != byte_sum(message[:-8]):
         raise TransferError(f"{where}: damaged on the way")
     if sent_version != version:
         raise TransferError(f"{where}: version {sent_version}, expected {version}")
-    body = message[:-proof]
+    body = message[:-trailer]
     if base == _WHOLE:
         if len(body) != _slices_bytes(pieces):
             raise TransferError(f"{where}: {len(body)} bytes of slices, expected {_slices_bytes(pieces)}")
@@ -255,7 +253,7 @@ def open_message(
     return Opened(copy.slices, checksums)
 
 
-def _update(copy: Copy, body: Tensor, pieces: Sequence[Slice]) -> None:
+def _update(copy: SentCopy, body: Tensor, pieces: Sequence[Slice]) -> None:
     counts = body[: 8 * len(pieces)].view(torch.int64).tolist()
     first = 8 * len(pieces)
     positions = body[first : first + 4 * sum(counts)].view(torch.int32)
@@ -283,7 +281,7 @@ def _slices_bytes(pieces: Sequence[Slice]) -> int:
     return sum(_padded(piece.num_bytes) for piece in pieces)
 
 
-def _proof_bytes(pieces: Sequence[Slice], verify: Verify) -> int:
+def _trailer_bytes(pieces: Sequence[Slice], verify: Verify) -> int:
     return 8 * (sum(verify(piece.target) for piece in pieces) + _TRAILER_WORDS)
 
 

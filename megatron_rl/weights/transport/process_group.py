@@ -1,10 +1,10 @@
 """Messages of an exchange over a torch.distributed process group: gloo between CPUs, NCCL between GPUs.
 
 The group may be a part of the trained ranks' world, or, with engines in processes of their own, one that is made beside
-both sides' worlds (`join`), whose ranks are those of the plan. Tensors stay on their devices, and NCCL finds the best
-way between two GPUs by itself: NVLink and CUDA IPC within a node, the network between nodes.
+both sides' worlds (`join`), whose ranks are those of the plan. Tensors stay on their devices, and NCCL chooses
+how two GPUs communicate: NVLink and CUDA IPC within a node, the network between nodes.
 
-Over NCCL none of this has been run.
+None of this has been run over NCCL.
 """
 
 from collections.abc import Mapping

@@ -7,9 +7,9 @@ A rank of an engine listens; trained ranks connect to it for one round, and only
     receiver   1, or it closes the connection
     sender     bucket | number of bytes | message, bucket after bucket
 
-Who does not know the token gets no further than that, and so does a sender of an earlier round. Sockets of a peer that
-has died or given up are closed, which ends the waits of the others at once; a peer that is frozen or cut off ends them
-after the time limit. Memory is the host's: tensors of GPUs are copied there and back.
+A peer without the token, or a sender of an earlier round, is refused. The sockets of a peer that has died or given up
+are closed, so that the others stop waiting at once; they wait for a frozen or unreachable peer until the time limit.
+Messages are in host memory; tensors on GPUs are copied there and back.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ _HEADER = struct.Struct("<IQ")
 _HELLO = struct.Struct("<I32s")
 _NONCE_BYTES = 32
 _WELCOME = b"\1"
-_STRANGER_SECONDS = 5.0
-"""A connection that does not say who it is is dropped after this time."""
+_HANDSHAKE_SECONDS = 5.0
+"""A connection that has not authenticated after this time is closed."""
 
 
-class Door(NamedTuple):
-    """Where a rank of an engine listens, and the token that it wants to see proof of."""
+class Endpoint(NamedTuple):
+    """Where a rank of an engine listens, and the token that senders must prove to know."""
 
     host: str
     port: int
@@ -46,7 +46,7 @@ class Door(NamedTuple):
 
 
 class Listener:
-    """A rank's own door."""
+    """The listening socket of a rank."""
 
     def __init__(self, host: str) -> None:
         """Listen on an address of this machine, at a free port."""
@@ -57,7 +57,7 @@ class Listener:
     def accept(
         self, senders: Collection[int], *, rank: int, round: str, token: str, timeout_seconds: float
     ) -> "SocketTransport":
-        """Let in the senders of a round.
+        """Accept the senders of a round.
 
         Raises:
             TransferError: one of them has not come within the time limit; it is named.
@@ -75,7 +75,7 @@ class Listener:
                     f"weights for rank {rank}: no connection from rank {some} within {timeout_seconds:g} s"
                 ) from None
             with contextlib.suppress(OSError, struct.error):
-                connection.settimeout(_STRANGER_SECONDS)
+                connection.settimeout(_HANDSHAKE_SECONDS)
                 nonce = secrets.token_bytes(_NONCE_BYTES)
                 connection.sendall(nonce)
                 sender, proof = _HELLO.unpack(_exactly(connection, _HELLO.size))
@@ -87,13 +87,13 @@ class Listener:
         return SocketTransport(peers, rank=rank, timeout_seconds=timeout_seconds)
 
 
-def connect(doors: Mapping[int, Door], *, rank: int, round: str, timeout_seconds: float) -> "SocketTransport":
+def connect(endpoints: Mapping[int, Endpoint], *, rank: int, round: str, timeout_seconds: float) -> "SocketTransport":
     """Connect a sender to its receivers, for one round.
 
     Args:
-        doors: of the receivers.
+        endpoints: by receiving rank.
         rank: of this process in the plan.
-        round: a name that the receivers were told too; used once.
+        round: the round's name, which the receivers know too; used once.
         timeout_seconds: limit of each wait.
 
     Raises:
@@ -102,10 +102,10 @@ def connect(doors: Mapping[int, Door], *, rank: int, round: str, timeout_seconds
     peers: dict[int, socket.socket] = {}
     failures: list[TransferError] = []
     # All at once, and to the end even if one fails: those that were reached then see their connections closed.
-    with ThreadPoolExecutor(max_workers=max(1, len(doors))) as threads:
+    with ThreadPoolExecutor(max_workers=max(1, len(endpoints))) as threads:
         futures = {
-            receiver: threads.submit(_connect_to, door, receiver, rank, round, timeout_seconds)
-            for receiver, door in doors.items()
+            receiver: threads.submit(_connect_to, endpoint, receiver, rank, round, timeout_seconds)
+            for receiver, endpoint in endpoints.items()
         }
     for receiver, future in futures.items():
         try:
@@ -118,21 +118,21 @@ def connect(doors: Mapping[int, Door], *, rank: int, round: str, timeout_seconds
     return SocketTransport(peers, rank=rank, timeout_seconds=timeout_seconds)
 
 
-def _connect_to(door: Door, receiver: int, rank: int, round: str, timeout_seconds: float) -> socket.socket:
-    where = f"weights to rank {receiver} at {door.host}:{door.port}"
+def _connect_to(endpoint: Endpoint, receiver: int, rank: int, round: str, timeout_seconds: float) -> socket.socket:
+    where = f"weights to rank {receiver} at {endpoint.host}:{endpoint.port}"
     connection: socket.socket | None = None
     reached = False
     try:
-        connection = socket.create_connection((door.host, door.port), timeout=timeout_seconds)
+        connection = socket.create_connection((endpoint.host, endpoint.port), timeout=timeout_seconds)
         nonce = _exactly(connection, _NONCE_BYTES)
-        connection.sendall(_HELLO.pack(rank, _proof(door.token, nonce, round, rank, receiver)))
+        connection.sendall(_HELLO.pack(rank, _proof(endpoint.token, nonce, round, rank, receiver)))
         reached = True
         _exactly(connection, len(_WELCOME))
     except OSError as error:
         if connection is not None:
             connection.close()
         refused = reached and not isinstance(error, TimeoutError)
-        reason = "refused: the token or the round is another" if refused else _said(error, timeout_seconds)
+        reason = "refused: the token or the round is another" if refused else _reason(error, timeout_seconds)
         raise TransferError(f"{where}: {reason}") from None
     return connection
 
@@ -181,7 +181,7 @@ class SocketTransport:
             connection.sendall(_HEADER.pack(bucket, len(message)))
             connection.sendall(_buffer(message))
         except OSError as error:
-            reason = _said(error, self.timeout_seconds)
+            reason = _reason(error, self.timeout_seconds)
             raise TransferError(f"weights to rank {receiver}, bucket {bucket}: {reason}") from None
 
     def _receive(self, bucket: int, sender: int, limit: int) -> Tensor:
@@ -193,7 +193,7 @@ class SocketTransport:
             message = torch.empty(num_bytes, dtype=torch.uint8)
             _fill(connection, _buffer(message))
         except OSError as error:
-            raise TransferError(f"{where}: {_said(error, self.timeout_seconds)}") from None
+            raise TransferError(f"{where}: {_reason(error, self.timeout_seconds)}") from None
         return message
 
 
@@ -243,7 +243,7 @@ def _close(peers: Mapping[int, socket.socket]) -> None:
         connection.close()
 
 
-def _said(error: OSError, timeout_seconds: float) -> str:
+def _reason(error: OSError, timeout_seconds: float) -> str:
     if isinstance(error, TimeoutError):
         return f"not done within {timeout_seconds:g} s"
     return f"the connection ended: {error}"

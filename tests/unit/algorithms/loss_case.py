@@ -96,11 +96,13 @@ def draw(case: Case, seed: int = 0) -> list[dict[str, Tensor]]:
 
 
 def pack(sequences: Sequence[dict[str, Tensor]], padding: int = 0, garbage: float = 0.0) -> dict[str, Tensor]:
-    """One packed row; padding tokens, which belong to no sequence, hold garbage and have mask 0."""
-    row = {}
+    """One micro-batch; padding tokens, which belong to no sequence, hold garbage and have mask 0."""
+    micro_batch = {}
     for name in sequences[0]:
         filler = torch.full((padding,), 0.0 if name == "loss_mask" else garbage, dtype=torch.float64)
-        row[name] = torch.cat([sequence[name] for sequence in sequences] + [filler.to(sequences[0][name].dtype)])
+        micro_batch[name] = torch.cat(
+            [sequence[name] for sequence in sequences] + [filler.to(sequences[0][name].dtype)]
+        )
     lengths = torch.tensor([0] + [len(sequence["loss_mask"]) for sequence in sequences])
-    row["cu_seqlens"] = lengths.cumsum(0).to(torch.int32)
-    return row
+    micro_batch["cu_seqlens"] = lengths.cumsum(0).to(torch.int32)
+    return micro_batch

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from megatron_rl.algorithms import preference_loss as pl
-from megatron_rl.algorithms.reward_model_loss import bradley_terry_loss, process_reward_loss, reward_regression_loss
+from megatron_rl.algorithms.preference_loss import bradley_terry_loss, process_reward_loss, reward_regression_loss
 from megatron_rl.algorithms.supervised_loss import focal_loss, label_smoothed_loss, sft_loss
 from tests.unit.algorithms.loss_case import Case
 

@@ -1,4 +1,4 @@
-"""The loss of a batch by definition, and from every split of it into packed rows."""
+"""The loss of a batch by definition, and from every split of it into micro-batches."""
 
 import itertools
 
@@ -31,33 +31,33 @@ def pack(sequences, padding=0):
     return torch.tensor(tokens), lengths.cumsum(0).to(torch.int32)
 
 
-def global_counts(rows):
-    counts = [count(*pack([MASKS[i] for i in row])) for row in rows]
+def global_counts(micro_batches):
+    counts = [count(*pack([MASKS[i] for i in micro_batch])) for micro_batch in micro_batches]
     return GlobalCounts(sum(tokens for tokens, _ in counts), sum(sequences for _, sequences in counts))
 
 
-def weights_by_sequence(rows, mode, padding=0):
-    """The weights of each sequence, from the packed rows of one split of the batch."""
-    counts, by_sequence = global_counts(rows), {}
-    for row in rows:
-        loss_mask, cu_seqlens = pack([MASKS[i] for i in row], padding)
+def weights_by_sequence(micro_batches, mode, padding=0):
+    """The weights of each sequence, from the micro-batches of one split of the batch."""
+    counts, by_sequence = global_counts(micro_batches), {}
+    for micro_batch in micro_batches:
+        loss_mask, cu_seqlens = pack([MASKS[i] for i in micro_batch], padding)
         weights = aggregation_weights(loss_mask, cu_seqlens, mode=mode, counts=counts, token_sum_norm=NORM)
         assert not weights[int(cu_seqlens[-1]) :].any()
-        for i, first, end in zip(row, cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        for i, first, end in zip(micro_batch, cu_seqlens[:-1], cu_seqlens[1:], strict=True):
             by_sequence[i] = weights[first:end]
     return by_sequence
 
 
 def splits(items):
-    """Every partition of the items into rows."""
+    """Every partition of the items into micro-batches."""
     if not items:
         yield []
         return
     head, *tail = items
-    for rows in splits(tail):
-        yield [[head], *rows]
-        for i in range(len(rows)):
-            yield [*rows[:i], [head, *rows[i]], *rows[i + 1 :]]
+    for micro_batches in splits(tail):
+        yield [[head], *micro_batches]
+        for i in range(len(micro_batches)):
+            yield [*micro_batches[:i], [head, *micro_batches[i]], *micro_batches[i + 1 :]]
 
 
 def test_counts_by_hand():
@@ -79,31 +79,37 @@ def test_loss_by_definition(mode):
 def test_no_split_order_or_padding_changes_a_weight_by_one_bit(mode):
     whole = weights_by_sequence([[0, 1, 2, 3]], mode)
     num_splits = 0
-    for rows in splits([0, 1, 2, 3]):
+    for micro_batches in splits([0, 1, 2, 3]):
         for padding, reverse in itertools.product((0, 3), (False, True)):
-            ordered = [row[::-1] for row in rows[::-1]] if reverse else rows
+            ordered = [micro_batch[::-1] for micro_batch in micro_batches[::-1]] if reverse else micro_batches
             got = weights_by_sequence(ordered, mode, padding)
             assert all(torch.equal(got[i], whole[i]) for i in range(4))
         num_splits += 1
     assert num_splits == 15  # the partitions of four sequences
 
 
-def test_dividing_per_row_and_averaging_would_be_caught():
+def test_dividing_per_micro_batch_and_averaging_would_be_caught():
     """The bug that global counts exist to prevent: the same split by local counts gives another loss."""
 
-    def loss(rows, *, counts_of):
+    def loss(micro_batches, *, counts_of):
         total = 0.0
-        for row in rows:
-            loss_mask, cu_seqlens = pack([MASKS[i] for i in row])
+        for micro_batch in micro_batches:
+            loss_mask, cu_seqlens = pack([MASKS[i] for i in micro_batch])
             weights = aggregation_weights(
-                loss_mask, cu_seqlens, mode="token_mean", counts=counts_of(rows, row), token_sum_norm=None
+                loss_mask,
+                cu_seqlens,
+                mode="token_mean",
+                counts=counts_of(micro_batches, micro_batch),
+                token_sum_norm=None,
             )
-            total += float(weighted_sum(pack([LOSSES[i] for i in row])[0], weights))
+            total += float(weighted_sum(pack([LOSSES[i] for i in micro_batch])[0], weights))
         return total
 
-    rows = [[0, 1], [2, 3]]
-    right = loss(rows, counts_of=lambda rows, row: global_counts(rows))
-    wrong = loss(rows, counts_of=lambda rows, row: global_counts([row])) / len(rows)
+    micro_batches = [[0, 1], [2, 3]]
+    right = loss(micro_batches, counts_of=lambda micro_batches, micro_batch: global_counts(micro_batches))
+    wrong = loss(micro_batches, counts_of=lambda micro_batches, micro_batch: global_counts([micro_batch])) / len(
+        micro_batches
+    )
     assert right == pytest.approx(28 / 6, rel=5e-7)
     assert wrong == pytest.approx((16 / 4 + 12 / 2) / 2, rel=5e-7)  # 5 instead of 4.67
 

@@ -20,33 +20,35 @@ NAN, INF = float("nan"), float("inf")
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def loss_and_gradients(case: Case, row: dict[str, Tensor], mode: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """A row's part of the loss of the batch, and its gradients by the trained inputs."""
-    row = dict(row)
+def loss_and_gradients(case: Case, micro_batch: dict[str, Tensor], mode: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's part of the loss of the batch, and its gradients by the trained inputs."""
+    micro_batch = dict(micro_batch)
     for name in case.trained:
-        row[name] = row[name].clone().requires_grad_()
-    weights = aggregation_weights(row["loss_mask"], row["cu_seqlens"], mode=mode, counts=COUNTS, token_sum_norm=7.0)
-    loss = weighted_sum(case.call(row), weights)
+        micro_batch[name] = micro_batch[name].clone().requires_grad_()
+    weights = aggregation_weights(
+        micro_batch["loss_mask"], micro_batch["cu_seqlens"], mode=mode, counts=COUNTS, token_sum_norm=7.0
+    )
+    loss = weighted_sum(case.call(micro_batch), weights)
     loss.backward()
-    gradients: dict[str, Any] = {name: row[name].grad for name in case.trained}
+    gradients: dict[str, Any] = {name: micro_batch[name].grad for name in case.trained}
     return loss.detach(), gradients
 
 
 def partitions(items: list[int]) -> Iterator[list[list[int]]]:
-    """Every way to lay the items out in rows."""
+    """Every way to lay the items out in micro-batches."""
     if not items:
         yield []
         return
     head, *tail = items
-    for rows in partitions(tail):
-        yield [[head], *rows]
-        for i in range(len(rows)):
-            yield [*rows[:i], [head, *rows[i]], *rows[i + 1 :]]
+    for micro_batches in partitions(tail):
+        yield [[head], *micro_batches]
+        for i in range(len(micro_batches)):
+            yield [*micro_batches[:i], [head, *micro_batches[i]], *micro_batches[i + 1 :]]
 
 
 def test_the_batch_is_what_it_is_counted_as() -> None:
-    row = pack([{"loss_mask": torch.tensor(mask)} for mask in MASKS])
-    assert count(row["loss_mask"], row["cu_seqlens"]) == (COUNTS.num_tokens, COUNTS.num_sequences)
+    micro_batch = pack([{"loss_mask": torch.tensor(mask)} for mask in MASKS])
+    assert count(micro_batch["loss_mask"], micro_batch["cu_seqlens"]) == (COUNTS.num_tokens, COUNTS.num_sequences)
 
 
 @every_case
@@ -67,16 +69,20 @@ def test_every_loss_has_a_planted_bug() -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.stops_gradient], ids=str)
 def test_gradient_agrees_with_finite_differences(case: Case) -> None:
-    row = pack(draw(case), padding=1)
+    micro_batch = pack(draw(case), padding=1)
     weights = aggregation_weights(
-        row["loss_mask"], row["cu_seqlens"], mode="sequence_mean_token_mean", counts=COUNTS, token_sum_norm=None
+        micro_batch["loss_mask"],
+        micro_batch["cu_seqlens"],
+        mode="sequence_mean_token_mean",
+        counts=COUNTS,
+        token_sum_norm=None,
     )
 
     def loss(*trained: Tensor) -> Tensor:
-        return weighted_sum(case.call(row | dict(zip(case.trained, trained, strict=True))), weights.double())
+        return weighted_sum(case.call(micro_batch | dict(zip(case.trained, trained, strict=True))), weights.double())
 
     # No random number is closer to a kink than gradcheck's step of 1e-6.
-    inputs = [row[name].clone().requires_grad_() for name in case.trained]
+    inputs = [micro_batch[name].clone().requires_grad_() for name in case.trained]
     assert torch.autograd.gradcheck(loss, inputs)
 
 
@@ -88,19 +94,19 @@ def test_gradient_agrees_with_finite_differences(case: Case) -> None:
     ids=str,
 )
 def test_no_packing_padding_order_micro_batch_or_rank_matters(case: Case, mode: str) -> None:
-    # Micro-batches and ranks are rows: each adds its part of the loss, so a partition into rows is either.
+    # Ranks are micro-batches too: each adds its part of the loss.
     sequences = draw(case)
     whole, reference = loss_and_gradients(case, pack(sequences), mode)
     cuts = [0, *itertools.accumulate(len(mask) for mask in MASKS)]
     num_splits = 0
-    for rows in partitions([0, 1, 2, 3]):
+    for micro_batches in partitions([0, 1, 2, 3]):
         for padding, reverse in ((0, False), (3, True)):
             total = torch.zeros((), dtype=torch.float64)
-            for row in [row[::-1] for row in rows[::-1]] if reverse else rows:
-                loss, gradients = loss_and_gradients(case, pack([sequences[i] for i in row], padding), mode)
+            for micro_batch in [micro_batch[::-1] for micro_batch in micro_batches[::-1]] if reverse else micro_batches:
+                loss, gradients = loss_and_gradients(case, pack([sequences[i] for i in micro_batch], padding), mode)
                 total += loss
                 start = 0
-                for i in row:
+                for i in micro_batch:
                     end = start + len(MASKS[i])
                     for name in case.trained:
                         # Bit for bit: sums over a sequence run in its own order, and the weights are the batch's. But
@@ -124,12 +130,12 @@ def test_masked_tokens_may_hold_anything(case: Case, garbage: float) -> None:
         for name, kind in case.inputs.items():
             if kind != "bool":
                 sequence[name][sequence["loss_mask"] == 0] = garbage
-    row = pack(sequences, padding=2, garbage=garbage)
-    loss, gradients = loss_and_gradients(case, row, "sequence_mean_token_mean")
+    micro_batch = pack(sequences, padding=2, garbage=garbage)
+    loss, gradients = loss_and_gradients(case, micro_batch, "sequence_mean_token_mean")
     assert torch.equal(loss, clean)
     for name in case.trained:
         assert torch.equal(gradients[name], reference[name])
-        assert not gradients[name][row["loss_mask"] == 0].any()
+        assert not gradients[name][micro_batch["loss_mask"] == 0].any()
 
 
 @every_case
@@ -171,33 +177,33 @@ def test_extreme_inputs_stay_finite(case: Case, extreme: float) -> None:
 
 @every_case
 def test_only_the_trained_inputs_get_a_gradient(case: Case) -> None:
-    row = pack(draw(case))
+    micro_batch = pack(draw(case))
     for name, kind in case.inputs.items():
         if kind != "bool":
-            row[name].requires_grad_()
-    torch.where(row["loss_mask"] > 0, case.call(row), 0.0).sum().backward()
-    with_gradient = {name for name in case.inputs if row[name].grad is not None}
+            micro_batch[name].requires_grad_()
+    torch.where(micro_batch["loss_mask"] > 0, case.call(micro_batch), 0.0).sum().backward()
+    with_gradient = {name for name in case.inputs if micro_batch[name].grad is not None}
     assert with_gradient == set(case.trained)
 
 
 @pytest.mark.parametrize("case", POLICY_CASES, ids=str)
 def test_on_the_policy_that_sampled_all_are_reinforce(case: Case) -> None:
     # Ratio 1: each gradient is -A_t w_t. Only the trajectory's ratio, a product, weighs a token by the length n_i too.
-    row = pack(draw(case))
+    micro_batch = pack(draw(case))
     lengths = torch.tensor([sum(mask) for mask in MASKS for _ in mask], dtype=torch.float64)
     if "old_log_probs" in case.inputs:
-        row["old_log_probs"] = row["log_probs"].clone()
-    _, gradients = loss_and_gradients(case, row, "sequence_mean_token_mean")
-    weights = row["loss_mask"] / lengths.clamp(min=1) / COUNTS.num_sequences
-    expected = -row["advantages"] * weights * (lengths if case.name == "ppo_trajectory" else 1.0)
+        micro_batch["old_log_probs"] = micro_batch["log_probs"].clone()
+    _, gradients = loss_and_gradients(case, micro_batch, "sequence_mean_token_mean")
+    weights = micro_batch["loss_mask"] / lengths.clamp(min=1) / COUNTS.num_sequences
+    expected = -micro_batch["advantages"] * weights * (lengths if case.name == "ppo_trajectory" else 1.0)
     # The weights are float32: one rounding, 6e-8.
     torch.testing.assert_close(gradients["log_probs"], expected, atol=0, rtol=1e-7)
 
 
 @pytest.mark.parametrize("case", POLICY_CASES, ids=str)
 def test_no_advantage_is_no_loss_and_no_gradient(case: Case) -> None:
-    row = pack(draw(case))
-    row["advantages"] = torch.zeros_like(row["advantages"])
-    loss, gradients = loss_and_gradients(case, row, "token_mean")
+    micro_batch = pack(draw(case))
+    micro_batch["advantages"] = torch.zeros_like(micro_batch["advantages"])
+    loss, gradients = loss_and_gradients(case, micro_batch, "token_mean")
     assert float(loss) == 0.0
     assert not gradients["log_probs"].any()

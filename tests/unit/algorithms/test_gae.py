@@ -29,8 +29,8 @@ def by_definition(
     return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
 
 
-def random_row(seed: int, num_sequences: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """rewards, values, mask, cu_seqlens of a packed row with gaps; masked tokens are nan."""
+def random_micro_batch(seed: int, num_sequences: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rewards, values, mask, cu_seqlens of a micro-batch with gaps; masked tokens are nan."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 40, (num_sequences,), generator=generator)
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
@@ -66,7 +66,7 @@ def test_treating_the_tool_as_a_step_would_be_caught() -> None:
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0), (0.0, 1.0)])
 @pytest.mark.parametrize("bootstrapped", [False, True])
 def test_against_the_definition(seed: int, gamma: float, lam: float, bootstrapped: bool) -> None:
-    rewards, values, mask, cu_seqlens = random_row(seed)
+    rewards, values, mask, cu_seqlens = random_micro_batch(seed)
     last = torch.arange(1.0, len(cu_seqlens)) if bootstrapped else torch.zeros(len(cu_seqlens) - 1)
     advantages, returns = generalized_advantages(
         rewards, values, mask, cu_seqlens, gamma=gamma, lam=lam, bootstrap_values=last if bootstrapped else None
@@ -98,13 +98,13 @@ def test_a_perfect_critic_leaves_no_advantage() -> None:
 
 
 def test_the_packing_does_not_matter() -> None:
-    rewards, values, mask, cu_seqlens = random_row(9)
+    rewards, values, mask, cu_seqlens = random_micro_batch(9)
     whole, _ = generalized_advantages(rewards, values, mask, cu_seqlens, gamma=0.99, lam=0.9)
     for first, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         alone, _ = generalized_advantages(
             *(part[first:end] for part in (rewards, values, mask)), torch.tensor([0, end - first]), gamma=0.99, lam=0.9
         )
-        # Doubling stops earlier in a shorter row; the terms and their order are the same.
+        # Doubling stops earlier in a shorter micro-batch; the terms and their order are the same.
         assert torch.equal(alone, whole[first:end])
 
 
@@ -118,7 +118,7 @@ def test_an_unmasked_nan_is_seen_in_its_own_sequence_alone() -> None:
     assert float(advantages[6]) == 13.0
 
 
-def test_a_row_without_trained_tokens() -> None:
+def test_a_micro_batch_without_trained_tokens() -> None:
     nothing = torch.zeros(3)
     assert not discounted_returns(nothing, nothing, torch.tensor([0, 3]), gamma=1.0).any()
     assert not generalized_advantages(nothing, nothing, nothing, torch.tensor([0, 3]), gamma=1.0, lam=1.0)[0].any()

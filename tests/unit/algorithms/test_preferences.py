@@ -7,13 +7,14 @@ import torch
 
 from megatron_rl.algorithms.aggregation import sequence_means, sequence_sums
 from megatron_rl.algorithms.preference_loss import (
+    bradley_terry_loss,
     dpo_loss,
     implicit_rewards,
     kto_reference_kl,
     orpo_loss,
     preference_metrics,
+    process_reward_metrics,
 )
-from megatron_rl.algorithms.reward_model_loss import bradley_terry_loss, process_reward_metrics
 from megatron_rl.algorithms.supervised_loss import focal_loss
 
 NAN = float("nan")

@@ -1,4 +1,4 @@
-"""Sums over the sequences of a packed row, and values spread over their tokens."""
+"""Sums over the sequences of a micro-batch, and values spread over their tokens."""
 
 import torch
 
@@ -31,7 +31,7 @@ def test_gradient_is_the_mask_and_0_elsewhere() -> None:
     assert values.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]  # the padding's mask counts for nothing
 
 
-def test_a_row_without_tokens() -> None:
+def test_a_micro_batch_without_tokens() -> None:
     nothing = torch.zeros(0)
     assert sequence_sums(nothing, nothing, torch.zeros(1, dtype=torch.int32)).tolist() == []
     assert to_tokens(nothing, torch.zeros(1, dtype=torch.int32), 2).tolist() == [0.0, 0.0]

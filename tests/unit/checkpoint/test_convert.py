@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.checkpoint.convert import hf_to_megatron, megatron_to_hf
@@ -173,6 +174,25 @@ def test_a_damaged_hugging_face_checkpoint(tmp_path: Path, hf_path: Path, name: 
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def take_common_state_out(folder: Path) -> None:
+    """Into a file of its own, as core before 0.19 writes it and later releases still read it."""
+    if (folder / "common.pt").exists():
+        return
+    torch.save(dist_checkpointing.load_common_state_dict(str(folder)), folder / "common.pt")
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    for name in [name for name in index.state_dict_metadata if name.startswith("common_state/")]:
+        del index.state_dict_metadata[name]
+    for entry in [entry for entry in index.storage_data if entry.fqn.startswith("common_state/")]:
+        del index.storage_data[entry]
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def test_a_checkpoint_with_a_file_of_the_common_state(tmp_path: Path, hf_path: Path, copied: Path) -> None:
+    take_common_state_out(copied / "iter_0000000")
+    megatron_to_hf(checkpoint=copied, hf_path=hf_path, output=tmp_path / "out")
+    assert files(tmp_path / "out") == files(hf_path)
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
@@ -198,8 +218,8 @@ def test_a_damaged_hugging_face_checkpoint(tmp_path: Path, hf_path: Path, name: 
 def test_a_damaged_megatron_checkpoint(
     tmp_path: Path, hf_path: Path, copied: Path, name: str, damage: Any, message: str
 ) -> None:
-    if name.endswith("common.pt") and not (copied / name).exists():
-        pytest.skip("core 0.19 keeps the common state in the .distcp files")
+    if name.endswith("common.pt"):
+        take_common_state_out(copied / "iter_0000000")
     damage(copied / name)
     with pytest.raises(CheckpointError, match=message):
         megatron_to_hf(checkpoint=copied, hf_path=hf_path, output=tmp_path / "out")

@@ -18,7 +18,7 @@ from megatron_rl.checkpoint.folders import LATEST, CheckpointError, iteration_fo
 from megatron_rl.checkpoint.training_state import POLICY, Trained
 from megatron_rl.checkpoint.writer import CheckpointWriter
 from megatron_rl.config.schema import Dtype, LRDecayStyle, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rl.data.packing import PackedRow, pack
+from megatron_rl.data.packing import MicroBatch, pack
 from megatron_rl.engine.initialize import finalize, initialize
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
@@ -72,9 +72,9 @@ class Run:
         updates = []
         sequences = recorded_rollouts()
         for step in steps:
-            row = pack(sequences, [step, step + 4], pad_to_multiple=1)
+            micro_batch = pack(sequences, [step, step + 4], pad_to_multiple=1)
             self.optimizer.zero_grad()
-            forward_backward(self.policy, [row], mean_nll)
+            forward_backward(self.policy, [micro_batch], mean_nll)
             update = self.optimizer.step()
             assert update.finite
             updates.append((update.grad_norm, update.lr))
@@ -98,8 +98,8 @@ class Run:
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def mean_nll(log_probs: Tensor, entropy: Tensor, row: PackedRow) -> tuple[Tensor, dict[str, Any]]:
-    return -(log_probs * row.loss_mask).sum() / row.loss_mask.sum(), {}
+def mean_nll(log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Any]]:
+    return -(log_probs * micro_batch.loss_mask).sum() / micro_batch.loss_mask.sum(), {}
 
 
 def assert_identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from megatron_rl.cli import interfaces
-from megatron_rl.cli.interfaces import Call, imported_names
+from megatron_rl.cli import doctor
+from megatron_rl.cli.doctor import Call, imported_names
 
 
 def test_the_source_is_read() -> None:
@@ -24,20 +24,20 @@ def test_the_source_is_read() -> None:
         (Call("json:JSONEncoder.shout", ()), "json:JSONEncoder.shout: there is no shout"),
         (Call("json.nowhere:dumps", ()), "json.nowhere: cannot be imported: No module named 'json.nowhere'"),
         (
-            Call("megatron_rl.cli.interfaces:Call", ("where", "whence")),
-            "megatron_rl.cli.interfaces:Call takes no whence",
+            Call("megatron_rl.cli.doctor:Call", ("where", "whence")),
+            "megatron_rl.cli.doctor:Call takes no whence",
         ),
     ],
 )
 def test_calls(call: Call, problem: str | None) -> None:
-    assert interfaces._call(call)() == problem
+    assert doctor._call(call)() == problem
 
 
 def test_imports_and_texts() -> None:
     names = {("json", "dumps"), ("json", "decoder"), ("json", "shout"), ("no_such_library", "x")}
-    assert [check() for check in interfaces._imports(names)] == [None, None, "json has no shout"]
+    assert [check() for check in doctor._imports(names)] == [None, None, "json has no shout"]
     wanted = {"json/decoder.py": ("class JSONDecoder", "class Shout"), "json": ("JSONDecodeError",), "absent/x": ("y",)}
-    assert [check() for check in interfaces._texts(wanted)] == [None, "json/decoder.py has no class Shout", None]
+    assert [check() for check in doctor._texts(wanted)] == [None, "json/decoder.py has no class Shout", None]
 
 
 def test_the_installed_releases_have_what_is_called() -> None:

@@ -56,7 +56,7 @@ def test_overrides_stand_before_and_after_options(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr("megatron_rl.cli.train.run", lambda arguments: seen.append(arguments.overrides) or 0)
+    monkeypatch.setattr("megatron_rl.cli.train.train", lambda arguments: seen.append(arguments.overrides) or 0)
     assert main(["train", "run.yaml", "a=1", "--dry-run", "b=2"]) == 0
     assert seen == [["a=1", "b=2"]]
     for wrong in (["train", "run.yaml", "--dry", "--nodes", "2"], ["report", "folder", "a=1"]):

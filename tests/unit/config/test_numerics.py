@@ -1,4 +1,5 @@
-"""FP8 and quantised configurations: what rows are padded to, and which combinations are refused with which reason."""
+"""FP8 and quantised configurations: what micro-batches are padded to, and which combinations are refused with which
+reason."""
 
 import itertools
 from typing import Any
@@ -7,7 +8,7 @@ import pytest
 
 from megatron_rl.config.errors import ConfigError
 from megatron_rl.config.hf_checkpoint import ModelShape
-from megatron_rl.config.numerics import check_fp8_shapes, check_numerics, fp8_recipe, row_multiple
+from megatron_rl.config.numerics import check_fp8_shapes, check_numerics, fp8_recipe, token_multiple
 from megatron_rl.config.schema import (
     Config,
     Dtype,
@@ -39,11 +40,11 @@ def config(**given: Any) -> Config:
 @pytest.mark.parametrize("fp8", [None, *Fp8Format])
 @pytest.mark.parametrize("recipe", [None, *Fp8Recipe])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_rows_are_multiples(fp8: Fp8Format | None, recipe: Fp8Recipe | None, sequence_parallel: bool) -> None:
+def test_micro_batches_are_multiples(fp8: Fp8Format | None, recipe: Fp8Recipe | None, sequence_parallel: bool) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=sequence_parallel)
-    # Each of the 4 parts of a row, or the whole, is a multiple of 16, of 32 for mxfp8 whose blocks are so long.
+    # Each of the 4 parts of a micro-batch, or the whole, is a multiple of 16, of 32 for mxfp8 whose blocks are so long.
     unit = 1 if fp8 is None else 32 if recipe is Fp8Recipe.mxfp8 else 16
-    assert row_multiple(ModelConfig(fp8=fp8, fp8_recipe=recipe), parallel) == unit * (4 if sequence_parallel else 1)
+    assert token_multiple(ModelConfig(fp8=fp8, fp8_recipe=recipe), parallel) == unit * (4 if sequence_parallel else 1)
 
 
 def test_the_default_recipe_is_tensorwise() -> None:

@@ -1,4 +1,4 @@
-"""Judged completions from rows in the common forms, laid out to be predicted and to be read."""
+"""Preference data from rows in the common forms, laid out for a policy and for a reward model."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.data.files import DataError
-from megatron_rl.data.preferences import Judged, load_judged, load_judgements, load_pairs
+from megatron_rl.data.preferences import LabelledCompletion, load_labelled, load_pairs, load_preferences
 from tests.checkpoints import EOS_TOKEN_ID, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -27,15 +27,15 @@ def rows_file(folder: Path, *rows: dict[str, Any]) -> Path:
     return file
 
 
-def load_one(folder: Path, row: dict[str, Any], data: DataConfig | None = None) -> list[Judged]:
-    (judgement,) = load_judgements(rows_file(folder, row), data or DataConfig(), TOKENIZER, max_tokens=64)
-    return judgement
+def load_one(folder: Path, row: dict[str, Any], data: DataConfig | None = None) -> list[LabelledCompletion]:
+    (example,) = load_preferences(rows_file(folder, row), data or DataConfig(), TOKENIZER, max_tokens=64)
+    return example
 
 
 def test_a_pair_of_strings(tmp_path: Path) -> None:
     chosen, rejected = load_one(tmp_path, {"prompt": "2+2=", "chosen": "4", "rejected": "22"})
-    assert chosen == Judged(ids("2+2="), (*ids("4"), EOS_TOKEN_ID))
-    assert rejected == Judged(ids("2+2="), (*ids("22"), EOS_TOKEN_ID))
+    assert chosen == LabelledCompletion(ids("2+2="), (*ids("4"), EOS_TOKEN_ID))
+    assert rejected == LabelledCompletion(ids("2+2="), (*ids("22"), EOS_TOKEN_ID))
 
 
 @pytest.mark.parametrize("has_prompt", [True, False])
@@ -61,30 +61,30 @@ def test_parquet_and_a_margin(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("label", "expected"), [(True, 1.0), (False, 0.0), (-2.5, -2.5)])
 def test_a_single_completion_with_a_label(label: Any, expected: float, tmp_path: Path) -> None:
-    (judged,) = load_one(tmp_path, {"prompt": "2+2=", "response": "4", "label": label})
-    assert judged == Judged(ids("2+2="), (*ids("4"), EOS_TOKEN_ID), expected)
+    (completion,) = load_one(tmp_path, {"prompt": "2+2=", "response": "4", "label": label})
+    assert completion == LabelledCompletion(ids("2+2="), (*ids("4"), EOS_TOKEN_ID), expected)
 
 
 def test_steps_end_where_their_last_tokens_are(tmp_path: Path) -> None:
-    (judged,) = load_one(tmp_path, {"prompt": "ab", "response": ["xyz", "w"], "label": [True, False]})
-    assert judged.completion_ids == (*ids("xyzw"), EOS_TOKEN_ID)
-    assert (judged.step_ends, judged.step_labels) == ((2, 3), (1.0, 0.0))
+    (completion,) = load_one(tmp_path, {"prompt": "ab", "response": ["xyz", "w"], "label": [True, False]})
+    assert completion.completion_ids == (*ids("xyzw"), EOS_TOKEN_ID)
+    assert (completion.step_ends, completion.step_labels) == ((2, 3), (1.0, 0.0))
     # Tokens a b x y z w <eos>: read at z and w.
-    read = judged.to_read()
+    read = completion.for_reward_model()
     assert read.token_ids.tolist()[:-1] == [*ids("abxyzw"), EOS_TOKEN_ID]
     assert read.loss_mask.tolist() == [0, 0, 0, 0, 1, 1, 0]
     assert read.per_token["label"].tolist() == [0, 0, 0, 0, 1, 0, 0]
 
 
 def test_the_end_may_be_a_step_of_its_own(tmp_path: Path) -> None:
-    (judged,) = load_one(tmp_path, {"prompt": "ab", "response": ["xy", "<eos>"], "label": [True, False]})
-    assert judged.completion_ids == (*ids("xy"), EOS_TOKEN_ID)
-    assert (judged.step_ends, judged.step_labels) == ((1, 2), (1.0, 0.0))
+    (completion,) = load_one(tmp_path, {"prompt": "ab", "response": ["xy", "<eos>"], "label": [True, False]})
+    assert completion.completion_ids == (*ids("xy"), EOS_TOKEN_ID)
+    assert (completion.step_ends, completion.step_labels) == ((1, 2), (1.0, 0.0))
 
 
 def test_a_policy_predicts_the_completion_and_a_reward_model_reads_its_end() -> None:
-    judged = Judged((7, 8), (9, 5, 2), label=0.5)
-    predicted, read = judged.to_predict(), judged.to_read()
+    completion = LabelledCompletion((7, 8), (9, 5, 2), label=0.5)
+    predicted, read = completion.for_policy(), completion.for_reward_model()
     assert predicted.token_ids.tolist() == [7, 8, 9, 5, 2]
     assert predicted.loss_mask.tolist() == [0, 1, 1, 1]  # position 1 reads 8 and predicts 9
     assert predicted.per_token["label"].tolist() == [0, 0.5, 0.5, 0.5]
@@ -119,4 +119,4 @@ def test_a_file_is_of_one_kind(tmp_path: Path) -> None:
         tmp_path, {"prompt": "a", "response": "b", "label": 1}, {"prompt": "a", "chosen": "b", "rejected": "c"}
     )
     with pytest.raises(DataError, match=r"rows.jsonl:2: no key 'response'"):
-        load_judged(file, DataConfig(), TOKENIZER, max_tokens=64)
+        load_labelled(file, DataConfig(), TOKENIZER, max_tokens=64)

@@ -65,7 +65,7 @@ def softmax_attention(query, key, value, lengths, scale, *, sliding_window=10**6
 @pytest.mark.parametrize("num_groups", [1, 2, 4])
 @pytest.mark.parametrize("lengths", [[13], [1], [3, 9, 1, 4, 8, 2, 5], [6, 6, 6]], ids=str)
 @pytest.mark.parametrize("softmax_scale", [None, 0.7])
-def test_packed_rows_against_softmax_attention_of_each_sequence(num_groups, lengths, softmax_scale):
+def test_packed_micro_batches_against_softmax_attention_of_each_sequence(num_groups, lengths, softmax_scale):
     inputs = [tensor.requires_grad_() for tensor in draw(sum(lengths), num_groups)]
     upstream = torch.linspace(-1, 1, sum(lengths) * HEADS * CHANNELS).view(sum(lengths), -1)
     out = make_attention(softmax_scale)(*inputs, packed_seq_params=packed(lengths))
@@ -113,21 +113,21 @@ def test_windows_sinks_and_channels_of_their_own(v_channels, sliding_window, sin
 
 def test_windows_of_some_layers():
     """window_attn_skip_freq=2: every second layer sees everything, the second among them."""
-    row, params = draw(9, 2), packed([9])
+    micro_batch, params = draw(9, 2), packed([9])
     fields = {"window_size": (2, 0), "window_attn_skip_freq": 2}
     first, second = (make_attention(layer_number=number, **fields) for number in (1, 2))
-    expected = make_attention()(*row, packed_seq_params=params)
-    torch.testing.assert_close(second(*row, packed_seq_params=params), expected, **FLOAT32)
-    windowed = first(*row, packed_seq_params=params)
+    expected = make_attention()(*micro_batch, packed_seq_params=params)
+    torch.testing.assert_close(second(*micro_batch, packed_seq_params=params), expected, **FLOAT32)
+    windowed = first(*micro_batch, packed_seq_params=params)
     torch.testing.assert_close(windowed[:3], expected[:3], **FLOAT32)
     assert (windowed[3:] - expected[3:]).abs().amax(1).min() > 1e-3
 
 
 def test_windows_of_padded_batches():
     attention = make_attention(window_size=(2, 0))
-    row = draw(10, 2)
-    batch = [torch.stack([tensor[:5], tensor[5:]], dim=1) for tensor in row]
-    expected = attention(*row, packed_seq_params=packed([5, 5]))
+    micro_batch = draw(10, 2)
+    batch = [torch.stack([tensor[:5], tensor[5:]], dim=1) for tensor in micro_batch]
+    expected = attention(*micro_batch, packed_seq_params=packed([5, 5]))
     out = attention(*batch)
     torch.testing.assert_close(torch.cat([out[:, 0], out[:, 1]]), expected, **FLOAT32)
 
@@ -137,13 +137,13 @@ def test_dropout_needs_plain_attention():
         make_attention(window_size=(2, 0), attention_dropout=0.1)
 
 
-def test_padded_batches_give_what_packed_rows_give():
+def test_padded_batches_give_what_packed_micro_batches_give():
     """[L, B, heads, channels], as without packing; padding at the end is not seen by the tokens before it."""
     lengths = [5, 5]
-    row = draw(10, 2)
-    batch = [torch.stack([tensor[:5], tensor[5:]], dim=1) for tensor in row]
+    micro_batch = draw(10, 2)
+    batch = [torch.stack([tensor[:5], tensor[5:]], dim=1) for tensor in micro_batch]
     attention = make_attention()
-    expected = attention(*row, packed_seq_params=packed(lengths))
+    expected = attention(*micro_batch, packed_seq_params=packed(lengths))
     out = attention(*batch)
     torch.testing.assert_close(torch.cat([out[:, 0], out[:, 1]]), expected, **FLOAT32)
     padded = [torch.cat([tensor, torch.full_like(tensor[:2], 1e3)]) for tensor in batch]
@@ -151,14 +151,14 @@ def test_padded_batches_give_what_packed_rows_give():
 
 
 def test_a_nan_in_one_sequence_stays_there():
-    row = draw(9, 2)
-    for tensor in row:
+    micro_batch = draw(9, 2)
+    for tensor in micro_batch:
         tensor[3:5] = torch.nan
-    out = make_attention()(*row, packed_seq_params=packed([3, 2, 4]))
+    out = make_attention()(*micro_batch, packed_seq_params=packed([3, 2, 4]))
     assert out.isnan().any(1).tolist() == [False] * 3 + [True] * 2 + [False] * 4
 
 
-def test_the_index_is_made_once_per_row():
+def test_the_index_is_made_once_per_micro_batch():
     params = packed([2, 3])
     attention = make_attention()
     attention(*draw(5, 2), packed_seq_params=params)
@@ -174,7 +174,7 @@ def test_padding_is_under_a_half_and_every_token_has_a_place(lengths):
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     batches = _PaddedBatches.of(cu_seqlens)
     places = torch.cat([tokens.flatten() for tokens in batches.gather])
-    # Gathering and restoring is the identity on the row.
+    # Gathering and restoring is the identity on the micro-batch.
     assert places[batches.restore].tolist() == list(range(sum(lengths)))
     assert batches.restore.unique().numel() == sum(lengths)
     for tokens in batches.gather:

@@ -20,7 +20,7 @@ kernels._te_patch_for_batch_invariant = kernels._te_unpatch_for_batch_invariant 
 key = getattr(torch.accelerator.current_accelerator(), "type", "cpu").upper()
 
 def vllm_starts():
-    # The operators that vLLM 0.24 and 0.32 replace on Hopper and newer, here with what torch would do anyway.
+    # The operators that vLLM replaces on Hopper and newer, here with what torch would do anyway.
     library = torch.library.Library("aten", "IMPL")
     for name in ("_log_softmax", "softmax", "_softmax", "mean.dim"):
         library.impl(f"aten::{name}", lambda *arguments: None, key)

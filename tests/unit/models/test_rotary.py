@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.models.build import inverse_frequencies
-from megatron_rl.models.rope_parameters import rope_parameters
+from megatron_rl.models.families.decoder import rope_parameters
 
 LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
 LLAMA3 = {

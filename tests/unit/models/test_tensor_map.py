@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_rl.models.tensor_map import (
-    Run,
+    RowRange,
     TensorMap,
     alternating_gate_up,
     gate_up,
@@ -20,48 +20,48 @@ from megatron_rl.models.tensor_map import (
     vocabulary,
 )
 from megatron_rl.weights.files.gather import place
-from megatron_rl.weights.files.local_shards import matrix, rows, runs_of_shard
+from megatron_rl.weights.files.local_shards import matrix, rows, shard_parts
 
 
 def test_replicated():
     norm = replicated("ours", "theirs", (6,))
     assert norm.replicated
-    assert norm.runs(0, 1) == norm.runs(1, 2) == [Run("theirs", 0, 6)]
+    assert norm.row_ranges(0, 1) == norm.row_ranges(1, 2) == [RowRange("theirs", 0, 6)]
     assert norm.shard_shape(1, 2) == (6,)
 
 
 def test_split_by_rows_and_by_columns():
     # Three ranks share six rows: the last has rows 4 and 5.
     rows = split("ours", "theirs", (6, 4), dim=0)
-    assert rows.runs(2, 3) == [Run("theirs", 4, 2)]
+    assert rows.row_ranges(2, 3) == [RowRange("theirs", 4, 2)]
     assert rows.shard_shape(2, 3) == (2, 4)
     columns = split("ours", "theirs", (6, 4), dim=1)
-    assert columns.runs(1, 2) == [Run("theirs", 2, 2)]
+    assert columns.row_ranges(1, 2) == [RowRange("theirs", 2, 2)]
     assert columns.shard_shape(1, 2) == (6, 2)
 
 
 def test_gate_and_up_are_stacked_in_each_rank():
     # Not [gate; up] cut in two: rank 0 would then hold the whole gate and no up.
     mlp = gate_up("ours", "gate", "up", (6, 4))
-    assert mlp.runs(0, 2) == [Run("gate", 0, 3), Run("up", 0, 3)]
-    assert mlp.runs(1, 2) == [Run("gate", 3, 3), Run("up", 3, 3)]
+    assert mlp.row_ranges(0, 2) == [RowRange("gate", 0, 3), RowRange("up", 0, 3)]
+    assert mlp.row_ranges(1, 2) == [RowRange("gate", 3, 3), RowRange("up", 3, 3)]
     assert mlp.shard_shape(0, 2) == (6, 4)
 
 
 def test_gate_and_up_that_take_turns():
     # Rows g0 u0 g1 u1 g2 u2 g3 u3 over two ranks: the second stacks [g2 g3] on [u2 u3].
     mlp = alternating_gate_up("ours", "theirs", (8, 4))
-    assert mlp.runs(1, 2) == [Run("theirs", 4, 2, step=2), Run("theirs", 5, 2, step=2)]
+    assert mlp.row_ranges(1, 2) == [RowRange("theirs", 4, 2, step=2), RowRange("theirs", 5, 2, step=2)]
     assert mlp.shard_shape(1, 2) == (4, 4)
     whole = torch.arange(32).view(8, 4)
-    assert [rows(whole, 0, run)[:, 0].tolist() for run in mlp.runs(1, 2)] == [[16, 24], [20, 28]]
+    assert [rows(whole, 0, row_range)[:, 0].tolist() for row_range in mlp.row_ranges(1, 2)] == [[16, 24], [20, 28]]
 
 
 def test_experts_are_shared_out_in_order():
     experts = [of_expert(split(f"ours.{i}", f"theirs.{i}", (4, 6), dim=1), i, 8) for i in range(8)]
     assert [expert.expert_parallel_rank(4) for expert in experts] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert {expert.expert_parallel_rank(1) for expert in experts} == {0}
-    assert experts[5].runs(1, 2) == [Run("theirs.5", 3, 3)]
+    assert experts[5].row_ranges(1, 2) == [RowRange("theirs.5", 3, 3)]
     assert split("ours", "theirs", (4, 6), dim=1).expert_parallel_rank(4) is None
 
 
@@ -75,8 +75,8 @@ def test_a_stack_of_transposed_experts():
     assert stack[1].shard_shape(1, 2) == (2, 2)
     whole = torch.arange(24).view(3, 4, 2)
     shard = torch.zeros(2, 2, dtype=torch.int64)
-    for piece in runs_of_shard(stack[1], 1, 2, shard):
-        piece.shard.copy_(rows(matrix(stack[1], whole), 1, piece.run))
+    for piece in shard_parts(stack[1], 1, 2, shard):
+        piece.shard.copy_(rows(matrix(stack[1], whole), 1, piece.row_range))
     assert shard.tolist() == [[12, 14], [13, 15]]  # whole[1] = [[8, 9], [10, 11], [12, 13], [14, 15]], transposed
     vectors = stacked([of_expert(replicated(f"ours.{i}", "theirs", (2,)), i, 3) for i in range(3)])
     assert vectors[2].hf_shapes == {"theirs": (3, 2)}
@@ -91,16 +91,16 @@ def attention(num_heads: int, num_groups: int, head_dim: int, columns: tuple[int
 def test_qkv_is_interleaved_by_group():
     # Four query heads of 10 channels in two groups: rows are q0 q1 k0 v0 | q2 q3 k1 v1.
     whole = attention(4, 2, 10)
-    assert whole.runs(0, 1) == [
-        Run("q", 0, 20),
-        Run("k", 0, 10),
-        Run("v", 0, 10),
-        Run("q", 20, 20),
-        Run("k", 10, 10),
-        Run("v", 10, 10),
+    assert whole.row_ranges(0, 1) == [
+        RowRange("q", 0, 20),
+        RowRange("k", 0, 10),
+        RowRange("v", 0, 10),
+        RowRange("q", 20, 20),
+        RowRange("k", 10, 10),
+        RowRange("v", 10, 10),
     ]
-    assert whole.runs(0, 2) == whole.runs(0, 1)[:3]
-    assert whole.runs(1, 2) == whole.runs(0, 1)[3:]
+    assert whole.row_ranges(0, 2) == whole.row_ranges(0, 1)[:3]
+    assert whole.row_ranges(1, 2) == whole.row_ranges(0, 1)[3:]
     assert whole.hf_shapes == {"q": (40, 5), "k": (20, 5), "v": (20, 5)}
     assert whole.shard_shape(0, 2) == (40, 5)
 
@@ -108,24 +108,24 @@ def test_qkv_is_interleaved_by_group():
 def test_qkv_with_fewer_groups_than_ranks_cuts_through_a_group():
     # One group of q0..q3 k0 v0, 10 rows each, over four ranks: 15 rows each.
     one_group = attention(4, 1, 10)
-    assert [one_group.runs(rank, 4) for rank in range(4)] == [
-        [Run("q", 0, 15)],
-        [Run("q", 15, 15)],
-        [Run("q", 30, 10), Run("k", 0, 5)],
-        [Run("k", 5, 5), Run("v", 0, 10)],
+    assert [one_group.row_ranges(rank, 4) for rank in range(4)] == [
+        [RowRange("q", 0, 15)],
+        [RowRange("q", 15, 15)],
+        [RowRange("q", 30, 10), RowRange("k", 0, 5)],
+        [RowRange("k", 5, 5), RowRange("v", 0, 10)],
     ]
 
 
 def test_qkv_with_more_groups_than_ranks():
     # Multi-head attention: each of three heads is a group of its own; no two ranks share one.
-    assert attention(3, 3, 2).runs(1, 3) == [Run("q", 2, 2), Run("k", 2, 2), Run("v", 2, 2)]
+    assert attention(3, 3, 2).row_ranges(1, 3) == [RowRange("q", 2, 2), RowRange("k", 2, 2), RowRange("v", 2, 2)]
 
 
 def test_the_bias_of_qkv_follows_its_rows():
     weight, bias = attention(4, 2, 10), attention(4, 2, 10, columns=())
     assert bias.hf_shapes == {"q": (40,), "k": (20,), "v": (20,)}
     for rank in range(4):
-        assert bias.runs(rank, 4) == weight.runs(rank, 4)
+        assert bias.row_ranges(rank, 4) == weight.row_ranges(rank, 4)
     assert bias.shard_shape(3, 4) == (20,)
 
 
@@ -137,11 +137,11 @@ def test_padded_vocabulary_size(vocab_size, tp_size, padded):
 def test_the_vocabulary_is_padded_with_zeros_at_its_end():
     # Five rows over four ranks are padded to eight, two each: 01 23 4_ __.
     embedding = vocabulary("ours", "theirs", (5, 3))
-    assert [embedding.runs(rank, 4) for rank in range(4)] == [
-        [Run("theirs", 0, 2)],
-        [Run("theirs", 2, 2)],
-        [Run("theirs", 4, 1), Run(None, 0, 1)],
-        [Run(None, 0, 2)],
+    assert [embedding.row_ranges(rank, 4) for rank in range(4)] == [
+        [RowRange("theirs", 0, 2)],
+        [RowRange("theirs", 2, 2)],
+        [RowRange("theirs", 4, 1), RowRange(None, 0, 1)],
+        [RowRange(None, 0, 2)],
     ]
     assert [embedding.shard_shape(rank, 4) for rank in range(4)] == [(2, 3)] * 4
 
@@ -198,13 +198,15 @@ def test_cut_into_shards_and_assembled_again_every_element_is_in_its_place(case)
 
 
 def shard_of(tensor_map: TensorMap, whole: dict[str, Tensor], rank: int, tp_size: int) -> Tensor:
-    """The definition: the concatenation of the runs; zeros where a run has no tensor."""
+    """The definition: the concatenation of the row ranges; zeros where one has no tensor."""
     shape = list(next(iter(whole.values())).shape)
     pieces = []
-    for run in tensor_map.runs(rank, tp_size):
-        shape[tensor_map.dim] = run.size
+    for row_range in tensor_map.row_ranges(rank, tp_size):
+        shape[tensor_map.dim] = row_range.size
         zeros = torch.zeros(shape, dtype=torch.int64)
-        assert run.size > 0
-        index = torch.tensor([run.start + i * run.step for i in range(run.size)])
-        pieces.append(zeros if run.hf_name is None else whole[run.hf_name].index_select(tensor_map.dim, index))
+        assert row_range.size > 0
+        index = torch.tensor([row_range.start + i * row_range.step for i in range(row_range.size)])
+        pieces.append(
+            zeros if row_range.hf_name is None else whole[row_range.hf_name].index_select(tensor_map.dim, index)
+        )
     return torch.cat(pieces, tensor_map.dim)

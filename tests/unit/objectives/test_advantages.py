@@ -1,4 +1,5 @@
-"""Rewards to advantages of tokens, on literal samples in packed rows: kinds of estimators, token rewards, whitening."""
+"""Rewards to advantages of tokens, on literal samples in micro-batches: kinds of estimators, token rewards,
+whitening."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from megatron_rl.algorithms.advantages import RunningBaseline
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.schema import AdvantageConfig, Whitening
 from megatron_rl.data.datasets import training_sequence
-from megatron_rl.data.packing import PackedRow, pack, unpack
+from megatron_rl.data.packing import MicroBatch, pack, unpack
 from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.objectives.advantages import add_advantages, is_of_tokens, needs_critic, resolve_estimator
 
@@ -31,8 +32,8 @@ def sample(prompt_id: int, num_tokens: int, reward: float, token_rewards: tuple[
     return Sample(prompt, completion, reward, {}, token_rewards)
 
 
-def rows_of(samples: list[Sample]) -> list[PackedRow]:
-    """Two rows with padding, the samples not in their order."""
+def micro_batches_of(samples: list[Sample]) -> list[MicroBatch]:
+    """Two micro-batches with padding, the samples not in their order."""
     sequences = [training_sequence(one) for one in samples]
     ids = list(range(len(samples)))
     return [pack(sequences, ids[1:], pad_to_multiple=16), pack(sequences, ids[:1], pad_to_multiple=8)]
@@ -44,25 +45,27 @@ def advantages_of(
     world: Any,
     baseline: RunningBaseline | None = None,
     **values: Tensor,
-) -> tuple[list[float], dict[int, list[float]], list[PackedRow]]:
-    """(of completions, of their trained tokens, rows)."""
-    rows = rows_of(samples)
-    for row in rows:
-        row.per_token.update({name: value[: len(row.tokens)] for name, value in values.items()})
+) -> tuple[list[float], dict[int, list[float]], list[MicroBatch]]:
+    """(of completions, of their trained tokens, micro-batches)."""
+    micro_batches = micro_batches_of(samples)
+    for micro_batch in micro_batches:
+        micro_batch.per_token.update({name: value[: len(micro_batch.tokens)] for name, value in values.items()})
     found = add_advantages(
         samples,
-        rows,
+        micro_batches,
         config=config,
         estimator=resolve_estimator(config),
         baseline=baseline or RunningBaseline(),
         dp=world,
     )
     of_tokens = {}
-    for row in rows:
-        for i, part in zip(row.sequence_ids, unpack(row.per_token["advantages"], row), strict=True):
+    for micro_batch in micro_batches:
+        for i, part in zip(
+            micro_batch.sequence_ids, unpack(micro_batch.per_token["advantages"], micro_batch), strict=True
+        ):
             of_tokens[i] = part.tolist()[1:]  # the prompt's position has none
             assert part[0] == 0
-    return found.tolist(), of_tokens, rows
+    return found.tolist(), of_tokens, micro_batches
 
 
 SAMPLES = [sample(0, 1, 1.0), sample(0, 2, 0.0), sample(5, 2, 3.0)]
@@ -102,20 +105,20 @@ def test_process_rewards_lie_where_they_were_earned(world: Any) -> None:
 def test_gae_gives_the_critic_its_returns(world: Any) -> None:
     values = torch.full((16,), 0.5)
     config = AdvantageConfig(estimator="gae", gamma=1.0, lam=1.0)
-    _, of_tokens, rows = advantages_of(SAMPLES, config, world, values=values)
+    _, of_tokens, micro_batches = advantages_of(SAMPLES, config, world, values=values)
     # lambda 1: return minus value.
     assert of_tokens == {0: [0.5], 1: [-0.5, -0.5], 2: [2.5, 2.5]}
-    assert rows[0].per_token["returns"].tolist()[:6] == [0, 0, 0, 0, 3, 3]
+    assert micro_batches[0].per_token["returns"].tolist()[:6] == [0, 0, 0, 0, 3, 3]
     _, of_tokens, _ = advantages_of(SAMPLES, AdvantageConfig(estimator="td0"), world, values=values)
     assert of_tokens == {0: [0.5], 1: [0.0, -0.5], 2: [0.0, 2.5]}
 
 
 def test_a_critic_beside_a_groups_advantages_gets_returns_too(world: Any) -> None:
     config = AdvantageConfig(estimator="group_relative", normalize_by_std=False, gamma=0.5)
-    with_values, _, rows = advantages_of(SAMPLES, config, world, values=torch.full((16,), 0.5))
+    with_values, _, micro_batches = advantages_of(SAMPLES, config, world, values=torch.full((16,), 0.5))
     assert with_values == advantages_of(SAMPLES, config, world)[0]
     # As of `monte_carlo`: a reward of 3 at the last of two tokens is 1.5 at the first.
-    assert rows[0].per_token["returns"].tolist()[:6] == [0, 0, 0, 0, 1.5, 3]
+    assert micro_batches[0].per_token["returns"].tolist()[:6] == [0, 0, 0, 0, 1.5, 3]
 
 
 def test_whitening_is_over_all_tokens_of_the_batch(world: Any) -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from megatron_rl.config.schema import KLConfig, KLEstimator, KLPlace, KLReference
-from megatron_rl.data.packing import PackedRow
+from megatron_rl.data.packing import MicroBatch
 from megatron_rl.engine.reference import ReferenceWeights
 from megatron_rl.objectives.penalties import KLPenalty
 from megatron_rl.runs.record import RunState
 
 
-def row(**per_token: list[float]) -> PackedRow:
+def micro_batch(**per_token: list[float]) -> MicroBatch:
     return cast(
         Any,
         SimpleNamespace(
@@ -26,7 +26,7 @@ def row(**per_token: list[float]) -> PackedRow:
 
 def test_each_token_pays_for_its_own_kl() -> None:
     config = KLConfig(coefficient=0.5, estimator=KLEstimator.k1, place=KLPlace.reward)
-    packed = row(
+    packed = micro_batch(
         old_log_probs=[math.nan, -1.0, -2.0], ref_log_probs=[math.nan, -3.0, -1.0], token_rewards=[0.0, 1.0, 0.0]
     )
     KLPenalty(config, cast(Any, object()), RunState()).penalise([packed])
@@ -36,7 +36,7 @@ def test_each_token_pays_for_its_own_kl() -> None:
 @pytest.mark.parametrize("config", [KLConfig(coefficient=0.5), KLConfig(coefficient=0.5, place=KLPlace.reward)])
 def test_without_a_reference_or_in_the_loss_rewards_stay(config: KLConfig) -> None:
     reference = None if config.place is KLPlace.reward else cast(Any, object())
-    packed = row()
+    packed = micro_batch()
     KLPenalty(config, reference, RunState()).penalise([packed])
     assert packed.per_token == {}
 

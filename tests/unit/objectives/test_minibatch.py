@@ -1,4 +1,4 @@
-"""One optimizer step, however it is split over ranks and rows: the same loss, gradient and metrics."""
+"""One optimizer step, however it is split over ranks and micro-batches: the same loss, gradient and metrics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.metrics import Metric, combine
 from megatron_rl.config.schema import Aggregation, AlgorithmConfig, KLConfig
-from megatron_rl.data.packing import PackedRow, unpack
+from megatron_rl.data.packing import MicroBatch, unpack
 from megatron_rl.data.samples import TrainingSequence
 from megatron_rl.objectives.losses import resolve_policy_loss
 from megatron_rl.objectives.minibatch import MiniBatch, spread
@@ -78,7 +78,7 @@ DIVISORS: dict[Aggregation, Callable[[float, float, float], float]] = {
 def train_on(
     chosen: list[int], mode: Aggregation, num_ranks: int, micro_batch_tokens: int, pad: int
 ) -> tuple[float, dict[int, list[float]], dict[str, Metric], list[MiniBatch]]:
-    """Loss, its gradient per sequence and metrics of a step, added up over all ranks and rows."""
+    """Loss, its gradient per sequence and metrics of a step, added up over all ranks and micro-batches."""
     algorithm = AlgorithmConfig(**(vars(ALGORITHM) | {"aggregation": mode}))
     total, metrics = 0.0, cast(dict[str, Metric], {})
     gradients: dict[int, list[float]] = {}
@@ -97,15 +97,15 @@ def train_on(
             on_policy=False,
             kl_coefficient=algorithm.kl.coefficient,
         )
-        for row in batch.rows:
-            log_probs = row.per_token["now"].clone().requires_grad_()
-            loss, of_row = objective(log_probs, row.per_token["entropy"], row)
+        for micro_batch in batch.micro_batches:
+            log_probs = micro_batch.per_token["now"].clone().requires_grad_()
+            loss, of_micro_batch = objective(log_probs, micro_batch.per_token["entropy"], micro_batch)
             loss.backward()
             total += float(loss.detach())
-            metrics = combine(metrics, of_row)
+            metrics = combine(metrics, of_micro_batch)
             assert log_probs.grad is not None
-            parts = unpack(log_probs.grad, row)
-            gradients |= {i: part.tolist() for i, part in zip(row.sequence_ids, parts, strict=True)}
+            parts = unpack(log_probs.grad, micro_batch)
+            gradients |= {i: part.tolist() for i, part in zip(micro_batch.sequence_ids, parts, strict=True)}
     return total, gradients, metrics, batches
 
 
@@ -140,11 +140,11 @@ def test_no_split_changes_a_step(
     # float32 sums of at most 30 terms of about 1, in another order: 30 * 6e-8.
     assert total == pytest.approx(loss_by_formula(chosen, mode), rel=2e-6, abs=2e-6)
     assert whole == pytest.approx(loss_by_formula(chosen, mode), rel=2e-6, abs=2e-6)
-    # Each token's gradient is computed alone, whoever its neighbours in the row are.
+    # Each token's gradient is computed alone, whoever its neighbours in the micro-batch are.
     assert gradients == expected_gradients
     results, expected = ({name: m.result() for name, m in ms.items()} for ms in (metrics, expected_metrics))
     assert results == pytest.approx(expected, rel=2e-6, abs=2e-6)
-    assert len({len(batch.rows) for batch in batches}) == 1
+    assert len({len(batch.micro_batches) for batch in batches}) == 1
     assert len({(batch.counts, batch.num_tokens, batch.imbalance, batch.packing_efficiency) for batch in batches}) == 1
 
 
@@ -153,7 +153,8 @@ def test_counts_are_of_the_global_batch() -> None:
     for rank in range(2):
         batch = MiniBatch.of(SEQUENCES, [0, 1, 2], groups(rank, 2), micro_batch_tokens=100, pad_to_multiple=1)
         assert (batch.counts.num_tokens, batch.counts.num_sequences, batch.num_tokens) == (14.0, 3.0, 17)
-        # One rank gets the 9, the other 6 + 2 = 8: rows of 9 and 8 take as long as two of 9; the fuller has 9 of 8.5.
+        # One rank gets the 9, the other 6 + 2 = 8: micro-batches of 9 and 8 take as long as two of 9; the fuller has 9
+        # of 8.5.
         assert batch.packing_efficiency == pytest.approx(17 / 18)
         assert batch.imbalance == pytest.approx(9 / 8.5 - 1)
 
@@ -164,7 +165,7 @@ def test_a_sequence_without_trained_tokens_is_not_counted() -> None:
     assert (batch.counts.num_tokens, batch.counts.num_sequences) == (1.0, 1.0)
 
 
-def spread_row(**overrides: Any) -> PackedRow:
+def spread_micro_batch(**overrides: Any) -> MicroBatch:
     """Sequences 4 and 2 of a step, of 3 and 2 positions, and one token of padding."""
     tensors = dict(
         tokens=torch.zeros(6, dtype=torch.int64),
@@ -176,7 +177,7 @@ def spread_row(**overrides: Any) -> PackedRow:
         per_token={},
         sequence_ids=(4, 2),
     )
-    return PackedRow(**(tensors | overrides))
+    return MicroBatch(**(tensors | overrides))
 
 
 def as_list(values: Tensor) -> list[float]:
@@ -186,10 +187,12 @@ def as_list(values: Tensor) -> list[float]:
 
 def test_spread_gives_each_sequence_its_value_on_trained_tokens() -> None:
     values = [9.0, 9.0, -0.5, 9.0, 2.0]  # by number of the sequence in the step
-    assert as_list(spread(spread_row(), values)) == [0.0, 2.0, 2.0, -0.5, -0.5, 0.0]
+    assert as_list(spread(spread_micro_batch(), values)) == [0.0, 2.0, 2.0, -0.5, -0.5, 0.0]
 
 
-def test_spread_of_a_row_that_is_padding_alone() -> None:
+def test_spread_of_a_micro_batch_that_is_padding_alone() -> None:
     """What a rank without work runs, so that the others' collectives find it."""
-    row = spread_row(loss_mask=torch.zeros(4), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32), sequence_ids=())
-    assert as_list(spread(row, [7.0])) == [0.0, 0.0, 0.0, 0.0]
+    micro_batch = spread_micro_batch(
+        loss_mask=torch.zeros(4), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32), sequence_ids=()
+    )
+    assert as_list(spread(micro_batch, [7.0])) == [0.0, 0.0, 0.0, 0.0]

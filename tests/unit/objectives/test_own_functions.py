@@ -43,8 +43,8 @@ def test_the_documented_functions_do_what_they_say(config: Config) -> None:
 def test_the_documented_loss_trains(config: Config) -> None:
     """At ratio 2 and advantage 1 with strength 5: d/dlogp (-r + 5 (r - 1)^2) = -2 + 10 * 2 = 18; at ratio 1: -1."""
     sequence = TrainingSequence(torch.tensor([3, 4, 5]).numpy(), torch.ones(2).numpy())
-    row = pack([sequence], [0], pad_to_multiple=1)
-    row.per_token.update(
+    micro_batch = pack([sequence], [0], pad_to_multiple=1)
+    micro_batch.per_token.update(
         advantages=torch.ones(2),
         rollout_log_probs=torch.tensor([-1.0, -1.0]),
         old_log_probs=torch.tensor([-1.0, -1.0]),
@@ -57,7 +57,7 @@ def test_the_documented_loss_trains(config: Config) -> None:
         policy_loss=resolve_policy_loss(config.algorithm.policy_loss),
         on_policy=False,
         kl_coefficient=0.0,
-    )(log_probs, torch.zeros(2), row)
+    )(log_probs, torch.zeros(2), micro_batch)
     loss.backward()
     assert log_probs.grad is not None
     assert log_probs.grad.tolist() == pytest.approx([9.0, -0.5], rel=1e-5)  # the mean of two tokens, of one sequence

@@ -15,7 +15,7 @@ from megatron_rl.config.schema import (
     KLConfig,
     PolicyLossConfig,
 )
-from megatron_rl.data.packing import PackedRow
+from megatron_rl.data.packing import MicroBatch
 from megatron_rl.objectives.losses import POLICY_GRADIENT_LOSSES, TOKEN_LOSSES, resolve_policy_loss
 from megatron_rl.objectives.objectives import PolicyGradientObjective, SupervisedObjective
 
@@ -27,7 +27,7 @@ def draw(scale: float, shift: float, seed: int) -> torch.Tensor:
     return shift + scale * torch.randn(NUM_TOKENS, generator=torch.Generator().manual_seed(seed))
 
 
-def row() -> PackedRow:
+def micro_batch() -> MicroBatch:
     per_token = {name: draw(0.3, -2.0, seed) for seed, name in enumerate(("old_log_probs", "rollout_log_probs"))}
     per_token |= {"ref_log_probs": draw(0.3, -2.0, 2), "advantages": draw(1.0, 0.0, 3)}
     mask = torch.ones(NUM_TOKENS)
@@ -36,7 +36,7 @@ def row() -> PackedRow:
         values[mask == 0] = torch.nan
     tokens = torch.arange(NUM_TOKENS)
     bounds = torch.tensor([0, 7, 11, 12], dtype=torch.int32)
-    return PackedRow(tokens, tokens, mask, tokens, bounds, 7, per_token, (0, 1))
+    return MicroBatch(tokens, tokens, mask, tokens, bounds, 7, per_token, (0, 1))
 
 
 def objective(on_policy: bool, **algorithm: Any) -> PolicyGradientObjective:
@@ -55,7 +55,7 @@ def values_and_gradients(function: Any) -> list[torch.Tensor]:
     return [loss.detach(), *(torch.zeros(NUM_TOKENS) if g is None else g for g in gradients)]
 
 
-def assert_same(whole: Any, packed: PackedRow) -> None:
+def assert_same(whole: Any, packed: MicroBatch) -> None:
     expected = values_and_gradients(lambda log_probs, entropy: whole(log_probs, entropy, packed)[0])
     for pieces in (
         [slice(None)],
@@ -78,23 +78,23 @@ def assert_same(whole: Any, packed: PackedRow) -> None:
 def test_policy_gradients(name: str, on_policy: bool, entropy: float) -> None:
     kl = KLConfig(coefficient=0.1)
     whole = objective(on_policy, policy_loss=PolicyLossConfig(name=name), kl=kl, entropy_coefficient=entropy)
-    assert_same(whole, row())
+    assert_same(whole, micro_batch())
 
 
 @pytest.mark.parametrize("level", list(CorrectionLevel))
 def test_corrections_are_known_before_the_pass_when_off_policy(level: CorrectionLevel) -> None:
     correction = CorrectionConfig(method=CorrectionMethod.truncate, level=level)
-    assert_same(objective(False, correction=correction), row())
-    assert objective(True, correction=correction).token_losses(row()) is None
+    assert_same(objective(False, correction=correction), micro_batch())
+    assert objective(True, correction=correction).token_losses(micro_batch()) is None
 
 
 def test_supervised() -> None:
-    assert_same(SupervisedObjective(AlgorithmConfig(), COUNTS, token_sum_norm=4.0), row())
+    assert_same(SupervisedObjective(AlgorithmConfig(), COUNTS, token_sum_norm=4.0), micro_batch())
 
 
 def test_losses_of_whole_sequences_are_not_said_token_by_token() -> None:
     """What is called separable is: a token's loss does not move when another token's log-prob does."""
-    packed = row()
+    packed = micro_batch()
     for name, on_policy in itertools.product(POLICY_GRADIENT_LOSSES, (False, True)):
         whole = objective(on_policy, policy_loss=PolicyLossConfig(name=name))
         assert (whole.token_losses(packed) is not None) == (name in TOKEN_LOSSES)

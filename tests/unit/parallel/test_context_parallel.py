@@ -1,4 +1,4 @@
-"""Where the tokens of a row go under context parallelism: literal cases, and properties for any row."""
+"""Where the tokens of a micro-batch go under context parallelism: literal cases, and properties for any micro-batch."""
 
 from itertools import accumulate, pairwise
 
@@ -27,14 +27,14 @@ def test_the_example_of_the_module() -> None:
     assert rank_0.restore.tolist() == [0, 1, 6, 7, 8, 9, 4, 10, 11]
 
 
-def test_a_row_of_one_token_on_four_ranks() -> None:
+def test_a_micro_batch_of_one_token_on_four_ranks() -> None:
     splits = [ContextSplit.of(bounds([1]), size=4, rank=rank) for rank in range(4)]
     assert [split.is_padding.tolist() for split in splits] == [[False, True], [True] * 2, [True] * 2, [True] * 2]
     assert [split.position_ids.tolist() for split in splits] == [[0, 7], [1, 6], [2, 5], [3, 4]]
     assert splits[0].restore.tolist() == [0]
 
 
-def test_sequence_parallelism_pads_the_row() -> None:
+def test_sequence_parallelism_pads_the_micro_batch() -> None:
     """3 tokens over 2 ranks are 2 each; to be split by 3 more they are 6 each: 8 slots behind the sequence's 4."""
     split = ContextSplit.of(bounds([3]), size=2, rank=0, multiple=3)
     assert split.cu_seqlens.tolist() == [0, 4, 12]
@@ -59,7 +59,7 @@ def test_every_token_is_somewhere_once(lengths: list[int], size: int, multiple: 
     assert len(splits[0].tokens) % multiple == 0
     whole = splits[0].cu_seqlens
     assert size == 1 or all((stop - start) % (2 * size) == 0 for start, stop in pairwise(whole.tolist()))
-    # Padding is less than one unit for each sequence, and less than a common multiple behind the row.
+    # Padding is less than one unit for each sequence, and less than a common multiple behind the micro-batch.
     assert int(whole[-1]) < sum(lengths) + 2 * size * len(lengths) + 2 * size * multiple
     positions = torch.cat([split.position_ids for split in splits])[splits[0].restore]
     assert positions.tolist() == [i for length in lengths for i in range(length)]

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.runs.directory import RunDirectory
-from megatron_rl.runs.metrics_log import finite_or_null
-from megatron_rl.runs.record import write_rollouts
+from megatron_rl.runs.logs import finite_or_null, write_rollouts
 
 CONFIG = """\
 name: {name}

@@ -10,7 +10,7 @@ from megatron_rl.report.metric_charts import chart_sections
 from megatron_rl.report.page import number
 from megatron_rl.report.report import duration, first_and_last, merge_steps, notes, write_report
 from megatron_rl.runs.directory import RunDirectory
-from megatron_rl.runs.record import write_rollouts
+from megatron_rl.runs.logs import write_rollouts
 from tests.unit.report.synthetic_run import make_rl_run, make_sft_run
 
 VOID = {"meta", "link", "br", "wbr", "img", "hr", "input"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_rl.rewards.formats import final_answer_format, think_format
+from megatron_rl.rewards.answers import final_answer_format, think_format
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_a_server_that_dies_or_is_found_lost_is_started_again(hosted: tuple[Path, HostedServer]) -> None:
     folder, server = hosted
-    told = folder / "engine_0.json"
-    assert stat.S_IMODE(told.stat().st_mode) == 0o600
+    published = folder / "engine_0.json"
+    assert stat.S_IMODE(published.stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     first, token = pid(server), server.address.token
     assert token not in repr(server.address)
@@ -88,7 +88,7 @@ def test_a_server_that_dies_or_is_found_lost_is_started_again(hosted: tuple[Path
     assert pid(server) == first
     assert segment(first).exists()
     os.kill(first, signal.SIGKILL)
-    until(lambda: told.exists() and json.loads(told.read_text())["start"] == 1)  # before anybody asks
+    until(lambda: published.exists() and json.loads(published.read_text())["start"] == 1)  # before anybody asks
     with pytest.raises(EngineLost):
         pid(server)
     server.restart()

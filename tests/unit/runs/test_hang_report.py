@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.runs.diagnosis import RankState, read_states, verdict, write_state
+from megatron_rl.runs.diagnosis import RankState, hang_report, read_states, write_state
 
 NOW = 1000.0
 
@@ -53,14 +53,14 @@ BUSY = dict(waits=False, phase="score", place="sleep (verifier.py:3)", phase_sin
 )
 def test_the_line(states: list[RankState], line: str | None) -> None:
     if line is None:
-        assert verdict(states, now=NOW).startswith("rank 1 is in score")
+        assert hang_report(states, now=NOW).startswith("rank 1 is in score")
     else:
-        assert verdict(states, now=NOW) == line
+        assert hang_report(states, now=NOW) == line
 
 
 def test_many_ranks_are_counted() -> None:
     states = [state(rank) for rank in range(511)] + [state(511, time=NOW - 20)]
-    assert verdict(states, now=NOW).endswith(f"; ranks 0, 1, 2, ... (511) wait for it in {WAIT}")
+    assert hang_report(states, now=NOW).endswith(f"; ranks 0, 1, 2, ... (511) wait for it in {WAIT}")
 
 
 def test_states_are_read_back_and_damaged_ones_left_out(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.runs.directory import RunDirectory
-from megatron_rl.runs.metrics_log import MetricsLog, read_metrics
+from megatron_rl.runs.logs import MetricsLog, read_metrics
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from megatron_rl.runs.directory import RunDirectory
-from megatron_rl.runs.record import read_rollouts, rollout_steps, truncate_rollouts_to_step, write_rollouts
+from megatron_rl.runs.logs import read_rollouts, rollout_steps, truncate_rollouts_to_step, write_rollouts
 
 
 @pytest.fixture

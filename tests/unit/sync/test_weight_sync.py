@@ -48,7 +48,7 @@ class Engine:
         self.version = version
 
     def write(self, piece: Slice, values: Tensor, expected: int | None) -> None:
-        self.loaded[piece.target][piece.block.target_box] = values
+        self.loaded[piece.target][piece.block.target_index] = values
         if expected is not None:
             self.checksums[piece.target] = add(self.checksums.get(piece.target, 0), expected)
 
@@ -68,9 +68,9 @@ def sync_in_rank(rank: int, checkpoint: Path) -> dict[str, Any]:
 
     policy = start_policy(checkpoint, "tp1")
     sequences = [TrainingSequence(np.array(p), np.ones(len(p) - 1, dtype=np.float32)) for p in PROBES]
-    row = pack(sequences, range(len(PROBES)), pad_to_multiple=1)
-    ((log_probs, _),) = forward_log_probs(policy, [row])
-    right = [part.tolist() for part in unpack(log_probs, row)]
+    micro_batch = pack(sequences, range(len(PROBES)), pad_to_multiple=1)
+    ((log_probs, _),) = forward_log_probs(policy, [micro_batch])
+    right = [part.tolist() for part in unpack(log_probs, micro_batch)]
 
     def changed(probe: int, by: float) -> list[list[float]]:
         return [[*values[:-1], values[-1] + by] if i == probe else values for i, values in enumerate(right)]

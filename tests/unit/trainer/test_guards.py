@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_rl.config.schema import GuardAction, GuardConfig
-from megatron_rl.trainer.guards import tripped
+from megatron_rl.trainer.update import tripped
 
 ABOVE = GuardConfig("policy/approx_kl", above=0.5, action=GuardAction.stop)
 SPIKE = GuardConfig("policy/loss", above_deviations=3.0, window=5, action=GuardAction.rollback)

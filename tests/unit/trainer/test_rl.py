@@ -31,7 +31,7 @@ from megatron_rl.objectives.penalties import KLPenalty
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.runs.directory import RunDirectory
 from megatron_rl.runs.record import RunState
-from megatron_rl.trainer.rl import MismatchError, Reinforcement, check_mismatch
+from megatron_rl.trainer.rl import MismatchError, RLTrainer, check_mismatch
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ SAMPLES = [sample(4, 1, 1.0), sample(0, 2, 3.0, finish="length"), sample(4, 3, 0
 
 def reinforcement(
     *, algorithm: AlgorithmConfig | None = None, reference: object = None, groups: Groups | None = None, **config: Any
-) -> Reinforcement:
+) -> RLTrainer:
     """The object around given settings, at step 2, without what needs an engine or a model."""
-    rl = object.__new__(Reinforcement)
+    rl = object.__new__(RLTrainer)
     rl.config = Config(algorithm=algorithm or AlgorithmConfig(), **config)
     rl.training = cast(Any, SimpleNamespace(reference=reference, groups=groups, state=RunState(step=2), is_main=True))
     rl.estimator = resolve_estimator(rl.config.algorithm.advantage)
@@ -74,12 +74,12 @@ def batches_of(samples: list[Sample], groups: Groups, micro_batch_tokens: int) -
 
 
 def per_sequence(batches: list[MiniBatch], name: str) -> dict[int, list[float]]:
-    """A per-token value by sample, from the rows."""
+    """A per-token value by sample, from the micro-batches."""
     found = {}
-    for row in (row for batch in batches for row in batch.rows):
-        starts = row.cu_seqlens.tolist()
-        for i, start, end in zip(row.sequence_ids, starts, starts[1:], strict=False):
-            found[i] = row.per_token[name][start:end].tolist()
+    for micro_batch in (micro_batch for batch in batches for micro_batch in batch.micro_batches):
+        starts = micro_batch.cu_seqlens.tolist()
+        for i, start, end in zip(micro_batch.sequence_ids, starts, starts[1:], strict=False):
+            found[i] = micro_batch.per_token[name][start:end].tolist()
     return found
 
 
@@ -105,14 +105,14 @@ def kl_algorithm(place: KLPlace) -> AlgorithmConfig:
 
 def add_log_probs(batches: list[MiniBatch]) -> None:
     """A distance of 1 + sample number per token between the policies; nan where nothing is trained."""
-    for row in (row for batch in batches for row in batch.rows):
-        old = torch.where(row.loss_mask > 0, -1.0, torch.nan)
-        row.per_token["old_log_probs"] = old
+    for micro_batch in (micro_batch for batch in batches for micro_batch in batch.micro_batches):
+        old = torch.where(micro_batch.loss_mask > 0, -1.0, torch.nan)
+        micro_batch.per_token["old_log_probs"] = old
         distance = torch.zeros_like(old)
-        starts = row.cu_seqlens.tolist()
-        for i, start, end in zip(row.sequence_ids, starts, starts[1:], strict=False):
+        starts = micro_batch.cu_seqlens.tolist()
+        for i, start, end in zip(micro_batch.sequence_ids, starts, starts[1:], strict=False):
             distance[start:end] = 1.0 + i
-        row.per_token["ref_log_probs"] = old - distance
+        micro_batch.per_token["ref_log_probs"] = old - distance
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 100])

@@ -13,10 +13,10 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import GuardAction, GuardConfig, ParallelConfig
 from megatron_rl.engine.initialize import finalize, initialize
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.runs.metrics_log import read_metrics
+from megatron_rl.runs.logs import read_metrics
 from megatron_rl.trainer import sft, update
-from megatron_rl.trainer.guards import GuardStop
 from megatron_rl.trainer.training import Training
+from megatron_rl.trainer.update import GuardStop
 from tests.e2e.test_faults import supervised_run
 
 NUM_STEPS, BATCH = 6, 8

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint holds quantised: every code and scale, by hand and against transformers' own unpacking."""
+"""Weights that a checkpoint stores quantised: every code and scale, by hand and against transformers' own unpacking."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """The shard plan on numpy arrays against whole tensors, converted and then cut as vLLM cuts them.
 
 The expected shards are written out with numpy in tests/vllm_shards.py. Trained shards are cut from whole tensors by the
-families' runs, which have tests of their own.
+families' row ranges, which have tests of their own.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.models.tensor_map import TensorMap, gate_up, of_expert, qkv, replicated, split, vocabulary
-from megatron_rl.weights.plan import cuts as shares
+from megatron_rl.weights.plan import cuts
 from megatron_rl.weights.plan.engine_table import engine_maps, hf_shapes
 from megatron_rl.weights.plan.ranks import EngineRanks, TrainedRanks, even_stages
 from megatron_rl.weights.plan.shard_plan import ShardPlan
@@ -119,11 +119,15 @@ def trained_shards(case: Case, whole: dict[str, Array]) -> dict[int, dict[str, A
     for entry in case.trained.entries(case.model.maps(), lambda _: "float32"):
         for shard, ranks in enumerate(entry.shards):
             parts = []
-            for run in entry.map.runs(shard, len(entry.shards)):
+            for row_range in entry.map.row_ranges(shard, len(entry.shards)):
                 shape = list(next(iter(entry.map.hf_shapes.values())))
-                shape[entry.map.dim] = run.size
-                rows = range(run.start, run.start + run.size)
-                source = np.zeros(shape) if run.hf_name is None else whole[run.hf_name].take(rows, axis=entry.map.dim)
+                shape[entry.map.dim] = row_range.size
+                rows = range(row_range.start, row_range.start + row_range.size)
+                source = (
+                    np.zeros(shape)
+                    if row_range.hf_name is None
+                    else whole[row_range.hf_name].take(rows, axis=entry.map.dim)
+                )
                 parts.append(source)
             for rank in ranks:
                 held[rank][entry.map.name] = np.concatenate(parts, axis=entry.map.dim)
@@ -152,8 +156,8 @@ def execute(plan: ShardPlan, held: dict[int, dict[str, Array]], receivers: range
                 assert plan.sends(sender, bucket)[rank] == slices
                 for piece in slices:
                     block = piece.block
-                    source = held[sender][piece.source][block.source_box]
-                    target = received[rank][piece.target][block.target_box]
+                    source = held[sender][piece.source][block.source_index]
+                    target = received[rank][piece.target][block.target_index]
                     assert np.isnan(target).all(), f"{piece.target} is written twice"
                     target[...] = source
     return received
@@ -263,7 +267,7 @@ def test_replicas_share_the_work(case: Case, seed: int) -> None:
         engines, expert_parallel=engines.expert_parallel and model.experts >= engines.num_engines * size
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shares, "_MIN_CUT_BYTES", 1)
+        patch.setattr(cuts, "_MIN_CUT_BYTES", 1)
         plan = dataclasses.replace(case, model=model, engines=engines, bucket_bytes=10**9).plan()
         sent: Counter[int] = Counter()
         for (sender, _), n in plan.traffic().items():
@@ -310,6 +314,9 @@ def test_a_missing_tensor_is_named() -> None:
     with pytest.raises(ValueError, match=r"needs model.layers.0.mlp.down_proj.weight, which no trained"):
         ShardPlan(TrainedRanks(1, 1, 1, (0,)).entries(some, lambda _: "float32"), targets, bucket_bytes=100)
     # A table that leaves out rows is as wrong as one that has them twice.
-    short = [dataclasses.replace(m, runs=lambda r, s, m=m: m.runs(r, s)[:-1]) if "fc1" in m.name else m for m in maps]
+    short = [
+        dataclasses.replace(m, row_ranges=lambda r, s, m=m: m.row_ranges(r, s)[:-1]) if "fc1" in m.name else m
+        for m in maps
+    ]
     with pytest.raises(ValueError, match=r"gate_up_proj.weight: decoder.layers.0.mlp.linear_fc1.weight make 32 of"):
         ShardPlan(TrainedRanks(1, 1, 1, (0,)).entries(short, lambda _: "float32"), targets, bucket_bytes=100)

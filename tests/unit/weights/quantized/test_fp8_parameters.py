@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.models.tensor_map import gate_up
 from megatron_rl.weights.files.hf_reader import HFCheckpointReader
-from megatron_rl.weights.quantized.fp8_parameters import fillable, held_value
+from megatron_rl.weights.quantized.fp8_parameters import dequantized, fillable
 
 
 class CodesAndScale(torch.Tensor):
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_rounded_once_and_the_optimizers_copy_not_at_all(tmp_pat
     HFCheckpointReader(tmp_path).read_shard(tensor_map, 0, 1, parameter)
 
     scale = whole.abs().amax() / 448
-    assert torch.equal(held_value(parameter, torch.float32), (whole / scale).to(torch.float8_e4m3fn).float() * scale)
+    assert torch.equal(dequantized(parameter, torch.float32), (whole / scale).to(torch.float8_e4m3fn).float() * scale)
     assert torch.equal(parameter.get_high_precision_init_val(), whole)
 
 
@@ -70,15 +70,15 @@ def test_without_it_a_view_would_swallow_what_is_written() -> None:
     """What `fillable` is for: the stand-in, like the real class, forgets what is written to a view of it."""
     parameter = CodesAndScale.of(torch.ones(4, 4))
     parameter.narrow(0, 0, 4).copy_(torch.full((4, 4), 2.0))
-    assert torch.equal(held_value(parameter, torch.float32), torch.ones(4, 4))
+    assert torch.equal(dequantized(parameter, torch.float32), torch.ones(4, 4))
     with fillable(parameter) as filled:
         filled.narrow(0, 0, 4).copy_(torch.full((4, 4), 2.0))
-    assert torch.equal(held_value(parameter, torch.float32), torch.full((4, 4), 2.0))
+    assert torch.equal(dequantized(parameter, torch.float32), torch.full((4, 4), 2.0))
 
 
 def test_values_of_codes_are_rounded_to_the_dtype_that_travels() -> None:
     parameter = CodesAndScale.of(torch.randn(4, 4, generator=torch.Generator().manual_seed(1)))
-    sent = held_value(parameter, torch.bfloat16)
+    sent = dequantized(parameter, torch.bfloat16)
     assert sent.dtype is torch.bfloat16
     assert torch.equal(sent, parameter.dequantize().bfloat16())
 
@@ -87,4 +87,4 @@ def test_other_parameters_are_themselves() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     with fillable(parameter) as filled:
         assert filled is parameter
-    assert held_value(parameter, torch.bfloat16).data_ptr() == parameter.data_ptr()
+    assert dequantized(parameter, torch.bfloat16).data_ptr() == parameter.data_ptr()

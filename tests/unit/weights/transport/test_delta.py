@@ -6,18 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_rl.weights.plan.blocks import Block
+from megatron_rl.weights.plan.blocks import BlockCopy
 from megatron_rl.weights.plan.shard_plan import Slice
 from megatron_rl.weights.transport.exchange import verified
 from megatron_rl.weights.transport.messages import (
-    Copy,
+    SentCopy,
     TransferError,
     apply_changes,
-    copied,
     message_bytes,
     open_message,
     pack_changes,
     pack_whole,
+    sent_copy,
     slices_in,
     take_changes,
 )
@@ -40,12 +40,12 @@ def allocate(num_bytes: int) -> Tensor:
 
 def pieces(shapes: list[tuple[int, int]], dtypes: list[str]) -> list[Slice]:
     return [
-        Slice(f"p{i}", f"t{i}", Block((0, 0), (0, 0), shape), dtype)
+        Slice(f"p{i}", f"t{i}", BlockCopy((0, 0), (0, 0), shape), dtype)
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     ]
 
 
-def test_changes_are_told_by_their_bits() -> None:
+def test_changes_are_found_by_their_bits() -> None:
     """A zero that changes its sign is a change, a nan that stays is none."""
     old = torch.tensor([0.0, 1.0, float("nan"), 2.0])
     new = torch.tensor([-0.0, 1.0, float("nan"), 2.5])
@@ -73,9 +73,9 @@ def test_receivers_hold_what_senders_hold(
     plan = pieces(shapes, names[: len(shapes)])
     parameters = {p.source: torch.randn(p.block.size, generator=generator).to(DTYPES[p.dtype]) for p in plan}
     message = pack_whole(plan, parameters, allocate, version=1, verify=VERIFY)
-    sender = copied(message, plan, 1)
+    sender = sent_copy(message, plan, 1)
     open_message(message, plan, "", version=1, verify=VERIFY, copy=None)
-    receiver = copied(message, plan, 1)
+    receiver = sent_copy(message, plan, 1)
     for version, share in enumerate(shares, 2):
         for name, tensor in parameters.items():
             new = integers(torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
@@ -88,21 +88,21 @@ def test_receivers_hold_what_senders_hold(
             assert torch.equal(bits(values), bits(parameters[piece.source]))
             assert checksum is not None
         if opened.slices is not receiver.slices:
-            receiver = copied(message, plan, version)
+            receiver = sent_copy(message, plan, version)
         assert receiver.version == sender.version == version
         assert torch.equal(receiver.slices, sender.slices)
 
 
-def one_slice() -> tuple[list[Slice], dict[str, Tensor], Copy]:
+def one_slice() -> tuple[list[Slice], dict[str, Tensor], SentCopy]:
     plan = pieces([(100, 10)], ["bfloat16"])
     parameters = {"p0": torch.randn(100, 10, generator=torch.Generator().manual_seed(0)).bfloat16()}
-    return plan, parameters, copied(pack_whole(plan, parameters, allocate, version=1, verify=VERIFY), plan, 1)
+    return plan, parameters, sent_copy(pack_whole(plan, parameters, allocate, version=1, verify=VERIFY), plan, 1)
 
 
-def changed(count: int, version: int) -> tuple[list[Slice], Tensor, Copy]:
+def changed(count: int, version: int) -> tuple[list[Slice], Tensor, SentCopy]:
     """A message in which `count` of 1,000 elements differ from version 1, and the copy of version 1."""
     plan, parameters, sender = one_slice()
-    receiver = Copy(sender.slices.clone(), 1)
+    receiver = SentCopy(sender.slices.clone(), 1)
     parameters["p0"].view(-1)[:count] += 1
     message = pack_changes(plan, parameters, allocate, sender, max_changed=0.1, version=version, verify=VERIFY)
     return plan, message, receiver
@@ -116,7 +116,7 @@ def test_few_changes_are_few_bytes_and_many_are_everything() -> None:
     assert len(changed(101, 2)[1]) == whole
 
 
-def test_changes_to_what_the_receiver_does_not_hold_are_refused() -> None:
+def test_changes_to_a_version_that_the_receiver_does_not_have_are_refused() -> None:
     """An engine that was started anew has nothing; one that missed a version has another."""
     plan, message, copy = changed(30, 2)
     with pytest.raises(TransferError, match=r"t0 on\): changes since version 1, and the engine's rank holds nothing"):
@@ -126,7 +126,7 @@ def test_changes_to_what_the_receiver_does_not_hold_are_refused() -> None:
         open_message(message, plan, "from rank 0", version=2, verify=VERIFY, copy=copy)
 
 
-def test_a_copy_that_has_gone_wrong_is_found_out() -> None:
+def test_a_wrong_copy_is_detected() -> None:
     plan, message, copy = changed(30, 2)
     copy.slices[1000] ^= 1
     with pytest.raises(TransferError, match="changes since version 1 do not make version 2"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rl.models.tensor_map import TensorMap, gate_up, replicated, vocabulary
 from megatron_rl.weights.plan.engine_table import engine_maps
-from megatron_rl.weights.plan.rank_plan import Orders
+from megatron_rl.weights.plan.rank_plan import RankPlan
 from megatron_rl.weights.plan.ranks import EngineRanks, TrainedRanks
 from megatron_rl.weights.plan.shard_plan import ShardPlan, Slice
 from megatron_rl.weights.transport.exchange import Exchange, verified
@@ -30,15 +30,15 @@ MAPS: list[TensorMap] = [
 class Memory:
     """Takes slices into tensors, and sums up the checksums that came with them."""
 
-    orders: Orders
+    rank_plan: RankPlan
     tensors: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tensors = {name: torch.zeros(shape) for name, shape in self.orders.shard.shapes.items()}
+        self.tensors = {name: torch.zeros(shape) for name, shape in self.rank_plan.shard.shapes.items()}
 
     def write(self, piece: Slice, values: Tensor, expected: int | None) -> None:
-        self.tensors[piece.target][piece.block.target_box] = values
+        self.tensors[piece.target][piece.block.target_index] = values
         if expected is not None:
             self.sums[piece.target] = add(self.sums.get(piece.target, 0), expected)
 
@@ -70,22 +70,22 @@ def run(
 ) -> list[Memory]:
     """Send from rank 0 to ranks 1 and 2; the error that a receiver raised, if one did."""
     whole = plan()
-    memories = [Memory(Orders.from_text(Orders.of(whole, rank, {}).to_text())) for rank in (1, 2)]
+    memories = [Memory(RankPlan.from_text(RankPlan.of(whole, rank, {}).to_text())) for rank in (1, 2)]
     errors: list[BaseException] = []
 
-    def caught(rank: int, version: int, held: dict[str, Tensor], memory: Memory | None, orders: Orders) -> None:
+    def caught(rank: int, version: int, held: dict[str, Tensor], memory: Memory | None, rank_plan: RankPlan) -> None:
         transport = FolderTransport(folder, rank, timeout_seconds=timeout)
         try:
             if memory is not None and tamper is not None:
                 tamper()
-            Exchange(orders).run(held, memory, transport, version=version, verify=verified("full", version))
+            Exchange(rank_plan).run(held, memory, transport, version=version, verify=verified("full", version))
         except TransferError as error:
             transport.fail(str(error))
             errors.append(error)
 
-    threads = [threading.Thread(target=caught, args=(0, versions[0], parameters(), None, Orders.of(whole, 0, {})))]
+    threads = [threading.Thread(target=caught, args=(0, versions[0], parameters(), None, RankPlan.of(whole, 0, {})))]
     threads += [
-        threading.Thread(target=caught, args=(1 + i, versions[1], {}, memory, memory.orders))
+        threading.Thread(target=caught, args=(1 + i, versions[1], {}, memory, memory.rank_plan))
         for i, memory in enumerate(memories)
     ]
     for thread in threads:
@@ -148,10 +148,10 @@ def test_another_version_is_refused(folder: Path) -> None:
 
 
 def test_a_late_peer_is_named(folder: Path) -> None:
-    orders = Orders.of(plan(), 1, {})
+    rank_plan = RankPlan.of(plan(), 1, {})
     with pytest.raises(TransferError, match=r"from rank 0 to rank 1, bucket 0: rank 0 has not sent them within 0.05 s"):
-        Exchange(orders).run({}, Memory(orders), FolderTransport(folder, 1, timeout_seconds=0.05), version=1)
-    sender = Orders.of(plan(), 0, {})
+        Exchange(rank_plan).run({}, Memory(rank_plan), FolderTransport(folder, 1, timeout_seconds=0.05), version=1)
+    sender = RankPlan.of(plan(), 0, {})
     with pytest.raises(
         TransferError, match=r"from rank 0 to rank 1, bucket 0: rank 1 has not taken them within 0.05 s"
     ):
@@ -160,14 +160,14 @@ def test_a_late_peer_is_named(folder: Path) -> None:
 
 def test_a_failed_peer_ends_the_wait_at_once(folder: Path) -> None:
     FolderTransport(folder, 2, timeout_seconds=60).fail("out of memory")
-    orders = Orders.of(plan(), 1, {})
+    rank_plan = RankPlan.of(plan(), 1, {})
     with pytest.raises(TransferError, match="given up: out of memory"):
-        Exchange(orders).run({}, Memory(orders), FolderTransport(folder, 1, timeout_seconds=60), version=1)
+        Exchange(rank_plan).run({}, Memory(rank_plan), FolderTransport(folder, 1, timeout_seconds=60), version=1)
 
 
 def test_at_most_two_buckets_exist(folder: Path) -> None:
     """A sender whose receiver takes nothing has published two buckets, of the plan's many, when it gives up."""
-    sender = Orders.of(plan(), 0, {})
+    sender = RankPlan.of(plan(), 0, {})
     assert len(sender.buckets) > 5
     with pytest.raises(TransferError):
         Exchange(sender).run(parameters(), None, FolderTransport(folder, 0, timeout_seconds=0.05), version=1)
@@ -175,11 +175,11 @@ def test_at_most_two_buckets_exist(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-def test_checksums_add_up_over_boxes_in_any_order(dtype: torch.dtype) -> None:
+def test_checksums_add_up_over_blocks_in_any_order(dtype: torch.dtype) -> None:
     whole = torch.randn(7, 10, generator=torch.Generator().manual_seed(1)).to(dtype)
-    boxes = [(0, 0, 3, 10), (3, 4, 4, 6), (3, 0, 4, 4)]
+    blocks = [(0, 0, 3, 10), (3, 4, 4, 6), (3, 0, 4, 4)]
     total = 0
-    for row, column, rows, columns in boxes[::-1]:
+    for row, column, rows, columns in blocks[::-1]:
         total = add(total, checksum(whole[row : row + rows, column : column + columns], (row, column)))
     assert total == checksum(whole)
     # Every second row, as gate and up alternate in some checkpoints.

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.weights.plan.rank_plan import Orders
+from megatron_rl.weights.plan.rank_plan import RankPlan
 from megatron_rl.weights.transport.exchange import Exchange, verified
 from megatron_rl.weights.transport.messages import TransferError
 from megatron_rl.weights.transport.process_group import ProcessGroupTransport, join
@@ -41,11 +41,11 @@ def joined(port: int, rank: int, *, name: str = "group", size: int = 3, seconds:
 
 def test_two_versions_arrive_in_one_group(port: int) -> None:
     whole, held = plan(), parameters()
-    orders = {rank: Orders.of(whole, rank, {}) for rank in range(3)}
-    memories = {rank: Memory(orders[rank]) for rank in (1, 2)}
+    rank_plans = {rank: RankPlan.of(whole, rank, {}) for rank in range(3)}
+    memories = {rank: Memory(rank_plans[rank]) for rank in (1, 2)}
 
     def run(rank: int) -> None:
-        transport, exchange = joined(port, rank), Exchange(orders[rank])
+        transport, exchange = joined(port, rank), Exchange(rank_plans[rank])
         for version in (1, 2):
             check = verified("full", version)
             sent = {} if rank else {name: version * tensor for name, tensor in held.items()}

@@ -1,4 +1,4 @@
-"""Plans carried out over TCP by threads, and every way in which that can go wrong: a clear error, soon.
+"""A plan carried out over TCP by threads, and every fault that can happen: a clear error, soon.
 
 The same plan as in `test_exchange.py`: rank 0 sends, ranks 1 and 2 receive.
 """
@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.weights.plan.rank_plan import Orders
+from megatron_rl.weights.plan.rank_plan import RankPlan
 from megatron_rl.weights.transport.exchange import Exchange, Transport, verified
 from megatron_rl.weights.transport.messages import TransferError, checksum
-from megatron_rl.weights.transport.sockets import Door, Listener, SocketTransport, connect
+from megatron_rl.weights.transport.sockets import Endpoint, Listener, SocketTransport, connect
 from tests.unit.weights.transport.test_exchange import Memory, parameters, plan
 
 HOST, TOKEN = "127.0.0.1", "token of this job"
@@ -31,21 +31,23 @@ class Ends:
 
     def __init__(self, *, max_changed: float = 0.0, timeout: float = 10.0) -> None:
         whole = plan()
-        self.orders = {rank: Orders.of(whole, rank, {}) for rank in (0, *RECEIVERS)}
-        self.exchanges = {rank: Exchange(orders, max_changed=max_changed) for rank, orders in self.orders.items()}
-        self.memories = {rank: Memory(self.orders[rank]) for rank in RECEIVERS}
+        self.rank_plans = {rank: RankPlan.of(whole, rank, {}) for rank in (0, *RECEIVERS)}
+        self.exchanges = {
+            rank: Exchange(rank_plan, max_changed=max_changed) for rank, rank_plan in self.rank_plans.items()
+        }
+        self.memories = {rank: Memory(self.rank_plans[rank]) for rank in RECEIVERS}
         self.listeners = {rank: Listener(HOST) for rank in RECEIVERS}
-        self.doors = {rank: Door(HOST, listener.port, TOKEN) for rank, listener in self.listeners.items()}
+        self.endpoints = {rank: Endpoint(HOST, listener.port, TOKEN) for rank, listener in self.listeners.items()}
         self.timeout = timeout
 
     def receive(self, rank: int, name: str, version: int) -> None:
         transport = self.listeners[rank].accept(
-            self.orders[rank].senders, rank=rank, round=name, token=TOKEN, timeout_seconds=self.timeout
+            self.rank_plans[rank].senders, rank=rank, round=name, token=TOKEN, timeout_seconds=self.timeout
         )
         self.run(rank, transport, {}, self.memories[rank], version)
 
     def send(self, name: str, version: int, held: dict[str, Tensor]) -> None:
-        transport = connect(self.doors, rank=0, round=name, timeout_seconds=self.timeout)
+        transport = connect(self.endpoints, rank=0, round=name, timeout_seconds=self.timeout)
         self.run(0, transport, held, None, version)
 
     def run(
@@ -105,17 +107,17 @@ def test_changed_elements_alone_travel_and_a_new_receiver_gets_everything() -> N
     everything = ends.exchanges[0].sent_bytes
     held["fc1.weight"][2, 3] += 1
     held["embedding.word_embeddings.weight"][69] -= 1
-    ends.memories = {rank: Memory(ends.orders[rank]) for rank in RECEIVERS}  # as vLLM forgets what it prepared
+    ends.memories = {rank: Memory(ends.rank_plans[rank]) for rank in RECEIVERS}  # as vLLM forgets what it prepared
     assert ends.round(2, held) == {}
     assert ends.holds(held)
     assert ends.exchanges[0].sent_bytes < everything
     # Rank 2 is started anew: it refuses, and after that all begin again.
-    ends.exchanges[2] = Exchange(ends.orders[2], max_changed=0.2)
+    ends.exchanges[2] = Exchange(ends.rank_plans[2], max_changed=0.2)
     held["fc1.weight"][0, 0] += 1
     failures = ends.round(3, held)
     assert "changes since version 2, and the engine's rank holds nothing" in failures[2]
     ends.exchanges[0].forget()
-    ends.memories = {rank: Memory(ends.orders[rank]) for rank in RECEIVERS}
+    ends.memories = {rank: Memory(ends.rank_plans[rank]) for rank in RECEIVERS}
     assert ends.round(3, held, name="again") == {}
     assert ends.exchanges[0].sent_bytes == everything
     assert ends.holds(held)
@@ -125,10 +127,10 @@ def test_a_wrong_token_is_refused_and_does_not_spoil_the_round() -> None:
     ends = Ends(timeout=5.0)
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(ends.receive, rank, "round 1", 1) for rank in RECEIVERS]
-        guessed = {rank: door._replace(token="guessed") for rank, door in ends.doors.items()}
+        guessed = {rank: endpoint._replace(token="guessed") for rank, endpoint in ends.endpoints.items()}
         with pytest.raises(TransferError, match=r"to rank 1 at 127.0.0.1:\d+: refused: the token or the round"):
             connect(guessed, rank=0, round="round 1", timeout_seconds=5)
-        with socket.create_connection((HOST, ends.doors[2].port)) as stranger:
+        with socket.create_connection((HOST, ends.endpoints[2].port)) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"x" * 40)
         ends.send("round 1", 1, parameters())
         assert [future.exception() for future in futures] == [None, None]
@@ -166,7 +168,7 @@ def test_a_receiver_that_is_gone_ends_the_sender() -> None:
     listener = Listener(HOST)
     with ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(listener.accept, {0}, rank=1, round="round 1", token=TOKEN, timeout_seconds=60)
-        sender = connect({1: Door(HOST, listener.port, TOKEN)}, rank=0, round="round 1", timeout_seconds=60)
+        sender = connect({1: Endpoint(HOST, listener.port, TOKEN)}, rank=0, round="round 1", timeout_seconds=60)
         sending = sender.post(3, {1: torch.zeros(10**8, dtype=torch.uint8)}, {})
         accepted.result().close()
     with pytest.raises(TransferError, match="to rank 1, bucket 3: the connection ended"):
@@ -188,16 +190,18 @@ def test_a_sender_that_is_killed_or_frozen_in_the_middle(how: signal.Signals, me
         "import sys, time\n"
         "from tests.unit.weights.transport.test_sockets import *\n"
         "print('ready', flush=True)\n"
-        "doors = {1: Door(HOST, int(sys.argv[1]), TOKEN)}\n"
-        "transport = connect(doors, rank=0, round='round 1', timeout_seconds=60)\n"
-        "exchange = Exchange(Orders.of(plan(), 0, {}))\n"
+        "endpoints = {1: Endpoint(HOST, int(sys.argv[1]), TOKEN)}\n"
+        "transport = connect(endpoints, rank=0, round='round 1', timeout_seconds=60)\n"
+        "exchange = Exchange(RankPlan.of(plan(), 0, {}))\n"
         "check = verified('full', 1)\n"
         "first = exchange._post(0, parameters(), OnlyTo1(transport), 1, check)\n"
         "first.sent()\n"
         "print('sent', flush=True)\n"
         "time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(ends.doors[1].port)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(ends.endpoints[1].port)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == "ready\n"
@@ -225,8 +229,8 @@ class OnlyTo1:
 
 def test_a_bit_flipped_on_the_wire_is_never_loaded() -> None:
     ends = Ends(timeout=10.0)
-    with flipping_proxy(ends.doors[1].port, at=32) as port:
-        ends.doors[1] = Door(HOST, port, TOKEN)
+    with flipping_proxy(ends.endpoints[1].port, at=32) as port:
+        ends.endpoints[1] = Endpoint(HOST, port, TOKEN)
         failures = ends.round(1, parameters())
     assert "damaged on the way" in failures[1]
 

@@ -1,9 +1,10 @@
-"""metrics.jsonl, and the same numbers in TensorBoard and Weights & Biases.
+"""The logs of a run: metrics.jsonl, the same numbers in TensorBoard and Weights & Biases, and completions in rollouts/.
 
-The file is the record of a run; the other two are views of it. Each `append` is one line, flushed before it returns, so
-a killed run leaves whole lines and at most one torn one at the end. `position` puts everything before it on the disk: a
-checkpoint stores the number it returns, and a resumed run calls `truncate` with it. What the killed run had written
-after its checkpoint goes, and the steps that are made again are logged once.
+metrics.jsonl is the record of a run; the other two are views of it. Each `append` is one line, flushed before it
+returns, so a killed run leaves whole lines and at most one torn one at the end. `position` puts everything before it on
+the disk: a checkpoint stores the number it returns, and a resumed run calls `truncate` with it. What the killed run had
+written after its checkpoint goes, and the steps that are made again are logged once. One process of a run builds a
+`MetricsLog`: rank 0.
 
 JSON has no nan and no infinity. They are written as null, which says "there was a number here and it was not finite";
 `read_metrics` gives it back as nan.
@@ -11,7 +12,12 @@ JSON has no nan and no infinity. They are written as null, which says "there was
 A disk that is full, or a file system that is away for a while, does not end a run: rows that cannot be written are
 kept and tried again with the next ones, and a checkpoint takes them along (`unwritten`), so that none is ever missing.
 
-One process of a run builds a `MetricsLog`: rank 0.
+rollouts/step_0000010.jsonl has some completions of a step for people to read, one JSON object each: step, prompt_id,
+source, prompt, completion, answer, reward, reward_terms, advantage, finish_reason, num_tokens, weight_version. A file
+appears whole or not at all, and a resumed run writes the same names again, so there is nothing to repair besides steps
+that the resumed run has not reached yet.
+
+Nothing here imports torch before a `MetricsLog` is built: the report reads these files on any machine.
 """
 
 import contextlib
@@ -273,3 +279,39 @@ def _start_wandb(run: RunDirectory, project: str, name: str | None, config: Mapp
     run.logs_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run.wandb_id_file, started.id + "\n")
     return started
+
+
+def write_rollouts(run: RunDirectory, step: int, records: list[dict[str, Any]]) -> Path:
+    """Write the completions of `step`, replacing what an interrupted run left there.
+
+    Numbers that are not finite become null, as in metrics.jsonl. Text stays UTF-8; a lone surrogate, which a decoder
+    can leave behind and UTF-8 cannot hold, becomes '?'.
+
+    Returns:
+        The file.
+    """
+    lines = [json.dumps(finite_or_null(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records]
+    run.rollouts_dir.mkdir(parents=True, exist_ok=True)
+    file = run.rollout_file(step)
+    write_atomically(file, "".join(lines).encode("utf-8", errors="replace").decode("utf-8"))
+    return file
+
+
+def rollout_steps(run: RunDirectory) -> list[int]:
+    """Steps that have completions on disk, ascending."""
+    names = (file.stem.removeprefix("step_") for file in run.rollouts_dir.glob("step_*.jsonl"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def read_rollouts(run: RunDirectory, step: int) -> list[dict[str, Any]]:
+    """The records of `step`. Raises FileNotFoundError if it has none, json.JSONDecodeError if the file was damaged."""
+    # Not splitlines(): it would also split at U+2028 and its like, which JSON leaves unescaped inside strings.
+    lines = run.rollout_file(step).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def truncate_rollouts_to_step(run: RunDirectory, step: int) -> None:
+    """Drop completions of steps after `step`: on resume, those of steps that will be made again."""
+    for later in rollout_steps(run):
+        if later > step:
+            run.rollout_file(later).unlink()

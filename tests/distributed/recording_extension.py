@@ -1,4 +1,4 @@
-"""A worker's doors that keep what each parameter held before vLLM prepared it for its kernels."""
+"""A worker extension that records what each parameter held before vLLM prepared it for its kernels."""
 
 import os
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.rollout.worker_extension import WeightDoors
+from megatron_rl.rollout.worker_extension import WeightSyncExtension
 
 FOLDER_VARIABLE = "RECORDED_PARAMETERS"
 
 
-class RecordingDoors(WeightDoors):
+class RecordingExtension(WeightSyncExtension):
     """Writes them to a file `rank<R>_of_<port>.pt`, R: rank in the plan."""
 
     def on_filled(self, name: str, values: Tensor) -> None:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Packed rows as FP8 layers get them: filled up for every layout and recipe, and whole again afterwards."""
+"""Packed micro-batches as FP8 layers get them: filled up for every layout and recipe, and whole again afterwards."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rl.config.numerics import fp8_multiple, row_multiple
+from megatron_rl.config.numerics import fp8_multiple, token_multiple
 from megatron_rl.config.schema import Fp8Format, Fp8Recipe, ModelConfig, ParallelConfig
 from megatron_rl.data.packing import pack
 from megatron_rl.data.samples import TrainingSequence
-from megatron_rl.engine.row_part import RowPart
+from megatron_rl.engine.micro_batch_part import MicroBatchPart
 
 
 def groups(context_parallel_size: int, rank: int) -> Any:
@@ -29,16 +29,16 @@ def test_what_a_rank_multiplies_is_a_multiple_of_what_fp8_takes(
     model = ModelConfig(fp8=fp8, fp8_recipe=recipe)
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
     sequences = [TrainingSequence(np.arange(3, 4 + n), np.ones(n, dtype=np.float32)) for n in lengths]
-    row = pack(sequences, range(len(lengths)), pad_to_multiple=1)
+    micro_batch = pack(sequences, range(len(lengths)), pad_to_multiple=1)
     parts = [
-        RowPart.of(row, groups(context_parallel_size, rank), multiple=row_multiple(model, parallel))
+        MicroBatchPart.of(micro_batch, groups(context_parallel_size, rank), multiple=token_multiple(model, parallel))
         for rank in range(context_parallel_size)
     ]
     ranks_of_part = 2 if sequence_parallel else 1
     for part in parts:
         assert len(part.tokens) % ranks_of_part == 0
         assert len(part.tokens) // ranks_of_part % fp8_multiple(model) == 0
-    # Joined as the ranks' outputs are, the parts give every token of the row, once and in order.
+    # Joined as the ranks' outputs are, the parts give every token of the micro-batch, once and in order.
     joined = torch.cat([part.tokens for part in parts])
     restored = joined if parts[0].restore is None else joined[parts[0].restore]
-    assert torch.equal(restored, row.tokens)
+    assert torch.equal(restored, micro_batch.tokens)
