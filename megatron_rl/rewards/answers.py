@@ -17,6 +17,8 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
+from megatron_rl.rewards.extraction import Marked, after_hash, in_box, in_tag
+
 MAX_NUMBER_CHARACTERS = 1000
 """Longer 'numbers' are no numbers: converting one takes quadratic time, and Python refuses beyond 4,300 digits."""
 
@@ -31,9 +33,6 @@ _NUMBER = re.compile(
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", re.ASCII)
 _MINUS = "\u2212"
-
-Marked = tuple[int, str]
-"""Where a mark stands, and what it holds."""
 
 
 def numeric_answer(*, completion: str, answer: str | None, extract: str = "auto") -> float:
@@ -100,30 +99,6 @@ def _reference(answer: str | None) -> str:
     return answer
 
 
-def _after_hash(text: str) -> Marked | None:
-    position = text.rfind("####")
-    return None if position < 0 else (position, text[position + 4 :].lstrip(" ").partition("\n")[0])
-
-
-def _in_box(text: str) -> Marked | None:
-    position = text.rfind("\\boxed{")
-    if position < 0:
-        return None
-    begin = position + len("\\boxed{")
-    depth = 1
-    for end in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return position, text[begin:end]
-    return position, ""  # never closed: the answer was cut, and no earlier one is meant
-
-
-def _in_tag(text: str) -> Marked | None:
-    end = text.rfind("</answer>")
-    begin = text.rfind("<answer>", 0, end) if end >= 0 else -1
-    return None if begin < 0 else (begin, text[begin + len("<answer>") : end])
-
-
 def _from_mark(*marks: Callable[[str], Marked | None]) -> Callable[[str], Fraction | None]:
     def extract(text: str) -> Fraction | None:
         found = [marked for marked in (mark(text) for mark in marks) if marked is not None]
@@ -137,18 +112,18 @@ def _last_number(text: str) -> Fraction | None:
     return found[-1] if found else None
 
 
-_any_mark = _from_mark(_after_hash, _in_box, _in_tag)
+_any_mark = _from_mark(after_hash, in_box, in_tag)
 
 
 def _auto(text: str) -> Fraction | None:
-    marked = any(mark(text) is not None for mark in (_after_hash, _in_box, _in_tag))
+    marked = any(mark(text) is not None for mark in (after_hash, in_box, in_tag))
     return _any_mark(text) if marked else _last_number(text)
 
 
 EXTRACTIONS: dict[str, Callable[[str], Fraction | None]] = {
     "auto": _auto,
     "last_number": _last_number,
-    "hash": _from_mark(_after_hash),
-    "boxed": _from_mark(_in_box),
-    "answer_tag": _from_mark(_in_tag),
+    "hash": _from_mark(after_hash),
+    "boxed": _from_mark(in_box),
+    "answer_tag": _from_mark(in_tag),
 }

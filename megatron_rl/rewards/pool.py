@@ -33,6 +33,8 @@ class Outcome:
 
     value: Any = None
     """What it returned, if nothing below is set."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Of a `Score`."""
     returned: str | None = None
     """What it returned instead of a number, for a message."""
     raised: str | None = None
@@ -145,7 +147,12 @@ class RewardPool:
         answer = json.loads(bytes(worker.answer))
         if "returned" in answer:
             return Outcome(returned=f"{answer['returned']} ({answer['type']})")
-        return Outcome(value=answer.get("value"), raised=answer.get("raised"), lost=answer.get("lost"))
+        return Outcome(
+            value=answer.get("value"),
+            notes=answer.get("notes", {}),
+            raised=answer.get("raised"),
+            lost=answer.get("lost"),
+        )
 
     def _patience(self, busy: Mapping[int, _Worker]) -> float:
         return max(0.0, min(worker.deadline for worker in busy.values()) - time.monotonic())

@@ -13,6 +13,7 @@ filled with such prompts, so that a step always has its size, and a run cannot h
 What is said about the samples of a step: metrics, and a few of them in full.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -227,6 +228,7 @@ def sample_metrics(samples: Sequence[Sample], *, version: int) -> dict[str, floa
         "reward/min": float(rewards.min()),
         "reward/max": float(rewards.max()),
         **terms,
+        **_verdicts(samples),
         **({"reward/lost": float(num_lost)} if num_lost else {}),
         "response/length_mean": float(lengths.mean()),
         "response/truncated_fraction": sum(truncated) / len(truncated),
@@ -234,6 +236,14 @@ def sample_metrics(samples: Sequence[Sample], *, version: int) -> dict[str, floa
         "staleness/max": max(ages),
         "throughput/tokens": float(lengths.sum()) + sum(len(sample.prompt.token_ids) for sample in samples),
     }
+
+
+def _verdicts(samples: Sequence[Sample]) -> dict[str, float]:
+    """Shares of the verdicts that rewards noted, unknown among them also at 0: reward/math_answer/unknown."""
+    notes = [(name, note["verdict"]) for sample in samples for name, note in sample.notes.items() if "verdict" in note]
+    unknown = {f"reward/{name}/unknown": 0.0 for name, _ in sorted(notes)}
+    counts = sorted(Counter(notes).items())
+    return unknown | {f"reward/{name}/{verdict}": count / len(samples) for (name, verdict), count in counts}
 
 
 def sample_records(samples: Sequence[Sample], advantages: Tensor, *, step: int, count: int) -> list[dict[str, Any]]:
@@ -258,6 +268,7 @@ def _record(sample: Sample, advantage: float, step: int) -> dict[str, Any]:
         "answer": prompt.answer,
         "reward": sample.reward,
         "reward_terms": sample.reward_terms,
+        **({"notes": sample.notes} if sample.notes else {}),
         "advantage": advantage,
         "finish_reason": completion.finish_reason,
         "num_tokens": len(completion.token_ids),
