@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rl import __version__
-from megatron_rl.cli import convert, doctor, evaluate, launch_slurm, plan, quantize, report, train
+from megatron_rl.cli import convert, doctor, evaluate, launch_slurm, plan, quantize, report, rewards, train
 from megatron_rl.cli.rank_environment import tell_exit_code
 from megatron_rl.config.errors import EXIT_RESUME, Interrupted, UserError
 
@@ -56,6 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-rl", description="RL post-training of Megatron-Core models.")
     parser.add_argument("--version", action="version", version=f"megatron-rl {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, evaluate, launch_slurm, convert, quantize, plan, report, doctor):
+    for command in (train, evaluate, launch_slurm, convert, quantize, plan, report, rewards, doctor):
         command.add_parser(subparsers)
     return parser

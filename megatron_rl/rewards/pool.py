@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_rl.config.functions import Function
+from megatron_rl.config.schema import RewardsConfig
 from megatron_rl.rewards.worker import write_message
 
 _START_SECONDS = 120.0
@@ -178,6 +179,14 @@ class RewardPool:
             self._idle.append(worker)
         else:
             _kill(worker)
+
+
+def build_pool(config: RewardsConfig) -> RewardPool | None:
+    """Processes for the user's own reward functions, if they are to have any."""
+    if not config.num_workers:
+        return None
+    memory = int(config.memory_gigabytes * 2**30)
+    return RewardPool(num_workers=config.num_workers, timeout_s=config.timeout_seconds, memory_bytes=memory)
 
 
 def _kill(worker: _Worker) -> None:

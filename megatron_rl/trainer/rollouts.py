@@ -27,7 +27,7 @@ from megatron_rl.config.schema import RewardsConfig, SamplingConfig
 from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.placement.layout import Layout
-from megatron_rl.rewards.pool import RewardPool
+from megatron_rl.rewards.pool import build_pool
 from megatron_rl.rewards.scoring import BoundReward, RewardError, score
 from megatron_rl.rollout.address import EngineLost
 from megatron_rl.rollout.remote import NoEngine, RemoteEngine
@@ -47,14 +47,6 @@ def training_sampling(config: SamplingConfig) -> Sampling:
         max_response_tokens=config.max_response_tokens,
         stop=tuple(config.stop),
     )
-
-
-def build_pool(config: RewardsConfig) -> RewardPool | None:
-    """Processes for the user's own reward functions, if they are to have any."""
-    if not config.num_workers:
-        return None
-    memory = int(config.memory_gigabytes * 2**30)
-    return RewardPool(num_workers=config.num_workers, timeout_s=config.timeout_seconds, memory_bytes=memory)
 
 
 def draw_seeds(run_seed: int, position: int, count: int) -> list[int]:

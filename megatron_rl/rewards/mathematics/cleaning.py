@@ -45,6 +45,7 @@ _GROUPED = re.compile(
 )
 _DOTTED = re.compile(r"(?<![\d.,])\d{1,3}(?:\.\d{3})+(?:,\d+)(?![\d.,])|(?<![\d.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.,])")
 _SPACING = re.compile(r"(?<!\\)\\[,!;: ]|~")  # not the line break of a matrix
+_PERCENT = re.compile(r"(?<=[\d)}])\s*(?:\\text\s*\{\s*)?per ?cent\b(?:\s*\})?")
 _LATEX_DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 
 
@@ -60,6 +61,7 @@ def clean(text: str) -> str:
     text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text)
     text = _SPACING.sub(" ", text)
     text = text.replace("\\$", " dollar_sign ").replace("$", "").replace(" dollar_sign ", "$")
+    text = _PERCENT.sub("%", text)
     text = text.replace("\\%", "%").replace("**", "^").replace("=<", "<=").replace("==", "=").replace("\\#", "")
     text = text.replace("\\(", "").replace("\\)", "").replace("\\[", "").replace("\\]", "").replace("\\_", "_")
     text = _EMPTY_TEXT.sub("", text)

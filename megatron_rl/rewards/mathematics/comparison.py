@@ -173,7 +173,7 @@ class _Comparison:
         unit = unit_of(with_unit.unit or "")
         if not unit.dimensions:
             return self._number(_scaled(with_unit, unit.factor), bare.expression)
-        as_written = self._missing_unit(with_unit.expression, bare.expression)
+        as_written = self._missing_unit(_scaled(with_unit, unit.multiplier), bare.expression)
         if as_written is Verdict.same:
             return as_written
         if unit.dimensions == (("degree", 1),):

@@ -11,9 +11,13 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from mpmath import iv, mp
+from mpmath.ctx_iv import MPIntervalContext
+from mpmath.ctx_mp import MPContext
 
 from megatron_rl.rewards.mathematics.normal_form import Atom, Polynomial, Quotient, rational
+
+# contexts of our own, so that nobody else's precision changes, nor ours
+iv, mp = MPIntervalContext(), MPContext()
 
 PRECISIONS = (64, 256, 1024, 4096)
 """Bits, one after another."""

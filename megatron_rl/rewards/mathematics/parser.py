@@ -16,6 +16,7 @@ MAX_DIGITS = 2000
 
 _NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+\.\d+|\d+|\.\d+", re.ASCII)
 _LISTED_NUMBER = re.compile(r"\d+\.\d+|\d+|\.\d+", re.ASCII)
+_RECURRING = re.compile(r"(\d{0,20})\.(\d{0,20})\s*\\(?:overline|bar|dot)\s*\{?(\d{1,20})\}?", re.ASCII)
 _SCIENTIFIC = re.compile(r"[eE][-+]?\d{1,4}(?![\w.])", re.ASCII)
 _PLAIN_FRACTION = re.compile(r" +(\d+) */ *(\d+)(?![\d.]|\s*[\w(\\^])", re.ASCII)
 _LATEX_FRACTION = re.compile(r"\s*\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", re.ASCII)
@@ -51,6 +52,12 @@ def parse(text: str, *, separates: bool = False) -> Expression:
     if parser.rest():
         raise Unreadable(f"unexpected {parser.rest()[:20]!r}")
     return expression
+
+
+def _recurring(whole: str, head: str, period: str) -> Number:
+    """0.1 with a bar over 6 is 1/6."""
+    value = Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(head))
+    return Number(value + Fraction(f"{whole or 0}.{head or 0}"))
 
 
 class _Parser:
@@ -186,6 +193,10 @@ class _Parser:
         return inner
 
     def _literal(self) -> Expression:
+        recurring = _RECURRING.match(self._text, self._at)
+        if recurring:
+            self._at = recurring.end()
+            return _recurring(*recurring.groups())
         match = self._number.match(self._text, self._at)
         if match is None or len(match[0]) > MAX_DIGITS:
             raise Unreadable("no number")
@@ -193,7 +204,7 @@ class _Parser:
         literal = match[0].replace(",", "")
         if self._text.startswith(".", self._at) and not self._text.startswith("..", self._at):
             self._at += 1  # '5.' is 5
-            if self._text[self._at : self._at + 1].isalnum():
+            if self._text[self._at : self._at + 1].isalnum() or self._text[self._at : self._at + 1] in ("(", "\\"):
                 raise Unreadable("two points in a number")
         value = Fraction(literal)
         places = len(literal.partition(".")[2]) if "." in literal else None

@@ -167,7 +167,7 @@ class Reduction:
         if rational(bottom) is None:  # root(a/b) = root(a b^(k-1)) / b, where b > 0 or k is odd; else / |b|
             below = Quotient(bottom, constant(1))
             lifted = algebra.product(top, algebra.integer_power(below, index - 1).numerator)
-            if index % 2 == 0 and rational(top) is None:
+            if index % 2 == 0 and (rational(top) or 0) <= 0:
                 below = self._integer_function("abs", [below])
             return algebra.divide(self._polynomial_root(lifted, index), below)
         return self._polynomial_root(algebra.reduced(top, bottom).numerator, index)
@@ -201,14 +201,12 @@ class Reduction:
 
     def _monomial_root(self, monomial: Monomial, index: int) -> Quotient | None:
         """The root of a product of atoms, factor by factor; None where their signs could differ."""
-        unknown = [
-            key for key, _ in monomial if self.algebra.atoms[key].kind not in ("prime", "constant", "abs", "power")
-        ]
+        unknown = [key for key, _ in monomial if not self._is_positive(key)]
         if len(unknown) > 1 or any(key == "i" for key, _ in monomial):
             return None
         exponents: dict[str, Fraction] = {}
         for key, exponent in monomial:
-            if key in unknown and index % 2 == 0 and exponent.denominator == 1 and exponent % 2 == 0:
+            if key in unknown and index % 2 == 0 and exponent.denominator % 2 and exponent.numerator % 2 == 0:
                 if self.algebra.atoms[key].kind == "root" and self.algebra.atoms[key].index % 2 == 0:
                     exponents[key] = exponent / index
                     continue
@@ -218,6 +216,13 @@ class Reduction:
             else:
                 exponents[key] = exponent / index
         return Quotient(self.algebra.simplify(exponents, Fraction(1)), constant(1))
+
+    def _is_positive(self, key: str) -> bool:
+        atom = self.algebra.atoms[key]
+        if atom.kind == "power":
+            base = atom.arguments[0]
+            return _is_e(base) or (base.constant or 0) > 0
+        return atom.kind in ("prime", "constant", "abs")
 
     def _rational_root(self, value: Fraction, index: int) -> Quotient:
         exponents: dict[str, Fraction] = {}

@@ -57,6 +57,11 @@ _WORD_END = re.compile(r"(?<=[\d)}!%])(\s*)([A-Za-z][A-Za-z./^{}\d\s-]*)$")
 _CURRENCY_START = re.compile(r"^([-+]?)\s*(?:\\text\s*\{\s*)?([$€£¥₹])\s*(?:\}\s*)?(?=[\d.(\\])")
 _CURRENCY_END = re.compile(r"(?<=\d)\s*([€£¥₹$])$")
 _NOISE = re.compile(r"\b(?:of|the|a|an|square|sq|cubic|cu|each|total|in|whole|more|left|away|long|tall|old)\b")
+_RELATING = re.compile(
+    r"\b(?:than|times|plus|minus|to|or|and|not|if|when|where|below|above|under|over|from|zero|negative|divided|squared"
+    r"|cubed|half|halves|thirds?|quarters?|modulo|mod|base|ago|before|after|out|is|are|was|has|have|which|about|by)\b"
+)
+"""Words that make of a number and its unit something else."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Unit:
 
     dimensions: tuple[tuple[str, int], ...]
     factor: Fraction
+    multiplier: Fraction = Fraction(1)
+    """Of words such as million, which is part of the number."""
 
 
 def split_unit(text: str) -> tuple[str, str | None]:
@@ -108,9 +115,9 @@ def unit_of(text: str) -> Unit:
     power = next((number for word, number in powers.items() if re.match(rf"{word}\b", text)), 1)
     text = _NOISE.sub(" ", text.replace("{", "").replace("}", "").replace("per ", "/ ").replace(" an hour", "/hour"))
     dimensions: dict[str, int] = {}
-    factor = Fraction(1)
-    if len(text.split()) > 6:
-        raise Unreadable("too many words for a unit")
+    factor = multiplier = Fraction(1)
+    if len(text.split()) > 6 or _RELATING.search(text):
+        raise Unreadable("a phrase behind a number")
     for place, part in enumerate(text.split("/")):
         sign = -1 if place else 1
         for word in re.split(r"[\s*-]+", part.strip()):
@@ -121,6 +128,7 @@ def unit_of(text: str) -> Unit:
             times = times * power if not place else times
             dimension, scale = _base(name)
             factor *= scale**times
+            multiplier *= Fraction(1) if dimension else scale**times
             if dimension in _COMPOUND:
                 above, below, compound = _COMPOUND[dimension]
                 factor *= compound**times
@@ -128,7 +136,7 @@ def unit_of(text: str) -> Unit:
                     dimensions[base] = dimensions.get(base, 0) + base_times * times
             elif dimension:
                 dimensions[dimension] = dimensions.get(dimension, 0) + times
-    return Unit(tuple(sorted((name, times) for name, times in dimensions.items() if times)), factor)
+    return Unit(tuple(sorted((name, times) for name, times in dimensions.items() if times)), factor, multiplier)
 
 
 def _base(name: str) -> tuple[str, Fraction]:

@@ -86,7 +86,7 @@ def test_order_is_that_of_the_settings_and_a_name_stands_once() -> None:
     ("name", "args", "message"),
     [
         ("numeric_anwser", {}, "name: no built-in reward 'numeric_anwser'; did you mean 'numeric_answer'? valid are "),
-        ("zzz", {}, "valid are numeric_answer, exact_match, think_format, final_answer_format"),
+        ("zzz", {}, "valid are numeric_answer, math_answer, "),
         ("custom_rewards.named", {}, "or a path 'package.module:function'"),
         ("no_such_module:f", {}, "cannot import 'no_such_module' of 'no_such_module:f': ModuleNotFoundError"),
         ("broken_rewards:f", {}, "cannot import 'broken_rewards' of 'broken_rewards:f': ZeroDivisionError: "),
