@@ -3,9 +3,9 @@
     python -m tools.compare_math_verdicts [--cases] [--table tests/unit/rewards/math_cases.txt]
 
 Prints a table in Markdown: right, false positives, false negatives, unknown, raised, and the median of CPU time per
-case; with --cases also each case that some checker gets wrong. Others are math-verify (`pip install math-verify`), called as
-its README does, and verl's two scorers for mathematics (`pip install --no-deps verl`), whose files are loaded without
-the rest of verl. Both get the answer in a box; what raises is counted as such and is neither right nor wrong.
+case; with --cases also each case that some checker gets wrong. Others are math-verify (`pip install math-verify`),
+called as its README does, and verl's two scorers for mathematics (`pip install --no-deps verl`), whose files are loaded
+without the rest of verl. All get the answer in a box; what raises is counted as such and is neither right nor wrong.
 """
 
 import argparse

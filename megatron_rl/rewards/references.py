@@ -6,6 +6,7 @@ from typing import Any
 from megatron_rl.data.files import DataError
 from megatron_rl.data.samples import Prompt
 from megatron_rl.rewards.answers import only_number
+from megatron_rl.rewards.instructions import instructions_fault
 from megatron_rl.rewards.mathematics.reward import reference_fault
 from megatron_rl.rewards.scoring import BoundReward
 
@@ -24,7 +25,7 @@ def check_references(prompts: Sequence[Prompt], rewards: Sequence[BoundReward], 
             continue
         fault_of = _FAULTS[reward.name]
         arguments = getattr(reward.call, "arguments", {})
-        faults = [(prompt, fault) for prompt in prompts if (fault := fault_of(prompt.answer, arguments)) is not None]
+        faults = [(prompt, fault) for prompt in prompts if (fault := fault_of(prompt, arguments)) is not None]
         allowed = tolerated if reward.name == "math_answer" else 0.0
         if len(faults) > allowed * len(prompts):
             prompt, fault = faults[0]
@@ -34,15 +35,16 @@ def check_references(prompts: Sequence[Prompt], rewards: Sequence[BoundReward], 
             )
 
 
-def _no_number(answer: str | None, arguments: Mapping[str, Any]) -> str | None:
-    if answer is None:
+def _no_number(prompt: Prompt, arguments: Mapping[str, Any]) -> str | None:
+    if prompt.answer is None:
         return "the row has no reference answer (data.answer_key)"
-    if only_number(answer) is None:
-        return f"the reference answer {answer!r} does not hold exactly one number; math_answer reads others"
+    if only_number(prompt.answer) is None:
+        return f"the reference answer {prompt.answer!r} does not hold exactly one number; math_answer reads others"
     return None
 
 
-_FAULTS: dict[str, Callable[[str | None, Mapping[str, Any]], str | None]] = {
+_FAULTS: dict[str, Callable[[Prompt, Mapping[str, Any]], str | None]] = {
     "numeric_answer": _no_number,
-    "math_answer": reference_fault,
+    "math_answer": lambda prompt, arguments: reference_fault(prompt.answer, arguments),
+    "instructions": lambda prompt, arguments: instructions_fault(prompt.row),
 }

@@ -31,9 +31,18 @@ from megatron_rl.config.functions import bind, cause, find_function
 from megatron_rl.config.schema import RewardsConfig
 from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.rewards.answers import exact_match, numeric_answer
-from megatron_rl.rewards.formats import final_answer_format, think_format
+from megatron_rl.rewards.formats import (
+    boxed_format,
+    dapo_format,
+    final_answer_format,
+    json_schema,
+    r1_format,
+    think_format,
+)
+from megatron_rl.rewards.instructions import instructions
 from megatron_rl.rewards.mathematics.reward import math_answer
 from megatron_rl.rewards.pool import Outcome, RewardPool
+from megatron_rl.rewards.prose import language, length, repetition
 
 SAMPLE_KEYWORDS = ("prompt", "completion", "answer", "row", "finish_reason")
 
@@ -45,6 +54,14 @@ BUILT_INS: dict[str, RewardFunction] = {
     "exact_match": exact_match,
     "think_format": think_format,
     "final_answer_format": final_answer_format,
+    "boxed_format": boxed_format,
+    "r1_format": r1_format,
+    "dapo_format": dapo_format,
+    "json_schema": json_schema,
+    "instructions": instructions,
+    "length": length,
+    "language": language,
+    "repetition": repetition,
 }
 
 

@@ -22,6 +22,7 @@ def math_answer(
     answer: str | None,
     extraction: str = "auto",
     unknown_value: float = 0.0,
+    different_value: float = 0.0,
     decimals: str = "exact",
     rounded_digits: int = 3,
     relative_tolerance: float = 0.0,
@@ -29,13 +30,14 @@ def math_answer(
     units: str = "optional",
     log_base: str | None = None,
 ) -> Score:
-    """1 for an answer that is the same as the reference, 0 for a different one or none.
+    """1 for an answer that is the same as the reference.
 
     Args:
         completion: text of the model.
         answer: reference; where it is missing or unreadable, which `references` finds at the start, all is unknown.
         extraction: a rule of `rewards.extraction`.
         unknown_value: where neither same nor different is proven; the share of these is a metric.
+        different_value: of another answer, or none; -1 as in DAPO.
         decimals, rounded_digits, relative_tolerance, percent_sign_optional, units, log_base: see `Conventions`.
 
     Raises:
@@ -46,9 +48,9 @@ def math_answer(
     conventions = Conventions(decimals, rounded_digits, relative_tolerance, percent_sign_optional, units, log_base)
     extracted = extract(completion, extraction)
     if extracted is None:
-        return Score(0.0, {"verdict": NO_ANSWER})
+        return Score(different_value, {"verdict": NO_ANSWER})
     verdict = Verdict.unknown if answer is None else compare(extracted, answer, conventions)
-    value = {Verdict.same: 1.0, Verdict.different: 0.0, Verdict.unknown: unknown_value}[verdict]
+    value = {Verdict.same: 1.0, Verdict.different: different_value, Verdict.unknown: unknown_value}[verdict]
     return Score(value, {"verdict": verdict.value, "extracted": extracted})
 
 
