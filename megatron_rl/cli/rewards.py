@@ -1,8 +1,9 @@
 """`megatron-rl rewards CONFIG --on FILE`: score a file of completions as a run would, before it costs any GPU.
 
 FILE has JSON lines with `completion`, and the keys of the run's data (data.prompt_key, data.answer_key); the files
-under a run's rollouts/ are such. For every row: each reward with its value, its notes (verdict, extracted) and its time;
-then the mean of each, the share of each verdict, and the time of a call. A row that a reward fails on is shown, not fatal.
+under a run's rollouts/ are such. Of every row each reward is shown with its value, its notes (verdict, extracted) and
+its time; then the mean of each, the share of each verdict, and the time of a call. A row that a reward fails on is shown
+and counted.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """The verdicts of `compare`: a public table, what is equal or unequal by construction, any text, and GSM8K."""
 
+import inspect
 import json
 import random
 import re
@@ -172,6 +173,18 @@ def test_gsm8k_references_agree_with_their_solutions_and_not_with_others(file: s
         if compare(one, other) is not Verdict.of(values[one] == values[other])
     ]
     assert not wrong
+
+
+def test_no_clock_is_in_a_verdict() -> None:
+    """Limits count operations, so that a verdict is the same at every load."""
+    folder = Path(inspect.getfile(compare)).parent
+    imports = {
+        name.split(".")[0]
+        for file in folder.glob("*.py")
+        for name in re.findall(r"^\s*(?:from|import) (\S+)", file.read_text(), re.MULTILINE)
+    }
+    assert {"math", "mpmath"} <= imports
+    assert not imports & {"time", "datetime", "signal", "threading", "resource", "random", "os"}
 
 
 def test_unknown_has_a_stated_value_and_a_verdict_is_a_note() -> None:
