@@ -2,8 +2,8 @@
 
 FILE has JSON lines with `completion`, and the keys of the run's data (data.prompt_key, data.answer_key); the files
 under a run's rollouts/ are such. Of every row each reward is shown with its value, its notes (verdict, extracted) and
-its time; then the mean of each, the share of each verdict, and the time of a call. A row that a reward fails on is shown
-and counted.
+its time; then the mean of each, the share of each verdict, and the time of a call. A row that a reward fails on is
+shown and counted.
 """
 
 import argparse
