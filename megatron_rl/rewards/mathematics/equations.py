@@ -6,7 +6,15 @@ another reason (x^2 = 0, x = 0) stay unknown.
 
 from fractions import Fraction
 
-from megatron_rl.rewards.mathematics.expression import Apply, Expression, Name, Number, Relation, Unreadable, names_in
+from megatron_rl.rewards.mathematics.expression import (
+    Apply,
+    Expression,
+    Number,
+    Relation,
+    Unreadable,
+    names_in,
+    substituted,
+)
 from megatron_rl.rewards.mathematics.normal_form import Polynomial, Quotient, TooLarge, rational
 from megatron_rl.rewards.mathematics.numbers import Numbers
 from megatron_rl.rewards.mathematics.reduction import Reduction
@@ -64,10 +72,10 @@ def _separated(one: Relation, other: Relation, numbers: Numbers) -> bool:
                 name: Number(Fraction((3 * number + place) % 5 - 2, 1 + number))
                 for place, name in enumerate(v for v in variables if v != unknown)
             }
-            root = _solution(_substituted(_minus(one), point), unknown)
+            root = _solution(substituted(_minus(one), point), unknown)
             if root is None:
                 continue
-            residue = _substituted(_minus(other), {**point, unknown: root})
+            residue = substituted(_minus(other), {**point, unknown: root})
             if numbers.same(residue, Number(Fraction(0))) is Verdict.different:
                 return True
     return False
@@ -75,14 +83,6 @@ def _separated(one: Relation, other: Relation, numbers: Numbers) -> bool:
 
 def _minus(relation: Relation) -> Expression:
     return Apply("add", (relation.left, Apply("neg", (relation.right,))))
-
-
-def _substituted(expression: Expression, values: dict[str, Expression]) -> Expression:
-    if isinstance(expression, Name):
-        return values.get(expression.name, expression)
-    if isinstance(expression, Apply):
-        return Apply(expression.function, tuple(_substituted(argument, values) for argument in expression.arguments))
-    return expression
 
 
 def _solution(expression: Expression, unknown: str) -> Expression | None:

@@ -4,6 +4,7 @@ Trees of frozen dataclasses, so that two answers that are written alike compare 
 9^(9^9) is a tree of five nodes.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -115,6 +116,26 @@ class Choice:
 
 
 Answer = Value | Collection | Region | Relation | Matrix | Words | Choice
+
+
+def substituted(expression: Expression, values: Mapping[str, Expression]) -> Expression:
+    """The expression with expressions in place of variables."""
+    if isinstance(expression, Name):
+        return values.get(expression.name, expression)
+    if isinstance(expression, Apply):
+        return Apply(expression.function, tuple(substituted(argument, values) for argument in expression.arguments))
+    return expression
+
+
+def restricted(expression: Expression) -> Iterator[Expression]:
+    """What must not be negative for an expression to be real: under roots, in logarithms, below powers."""
+    if isinstance(expression, Apply):
+        if expression.function in ("root", "ln", "log", "pow") and names_in(expression.arguments[0]):
+            exponent = expression.arguments[-1]
+            if expression.function != "pow" or not isinstance(exponent, Number) or exponent.value.denominator != 1:
+                yield expression.arguments[0]
+        for argument in expression.arguments:
+            yield from restricted(argument)
 
 
 def names_in(expression: Expression) -> frozenset[str]:

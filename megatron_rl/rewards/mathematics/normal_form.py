@@ -181,6 +181,9 @@ class Algebra:
             elif atom.kind == "root" and exponent >= atom.index:
                 times, left = divmod(exponent, atom.index)
                 expanded += [atom.arguments[0].numerator] * int(times)
+            elif atom.kind == "abs" and exponent >= 2 and rational(atom.arguments[0].denominator) == 1:
+                expanded += [atom.arguments[0].numerator] * (2 * int(whole // 2))
+                left = exponent - 2 * (whole // 2)
             elif atom.kind == "sin" and exponent >= 2:
                 cosine = f"cos({key[4:-1]})"
                 self.atoms.setdefault(cosine, Atom("cos", atom.arguments))

@@ -1,11 +1,19 @@
 """Whether two expressions are equal: identities proven, differences proven, the rest unknown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_rl.rewards.mathematics.conventions import Conventions
-from megatron_rl.rewards.mathematics.expression import Apply, Expression, Name, Number, Unreadable
+from megatron_rl.rewards.mathematics.expression import (
+    Apply,
+    Expression,
+    Name,
+    Number,
+    Unreadable,
+    restricted,
+    substituted,
+)
 from megatron_rl.rewards.mathematics.intervals import enclosure, is_zero
 from megatron_rl.rewards.mathematics.normal_form import Atom, Polynomial, Quotient, TooLarge, rational
 from megatron_rl.rewards.mathematics.reduction import Reduction
@@ -31,7 +39,8 @@ class Numbers:
         try:
             reduction = Reduction(log_base=self.conventions.log_base)
             first, second = reduction.quotient(left), reduction.quotient(right)
-            verdict = self._compared(reduction, first, second)
+            domain = [*restricted(left), *restricted(right)]
+            verdict = self._compared(reduction, first, second, domain)
             if verdict is Verdict.different and self._tolerates(left, right, first, second, reduction.algebra.atoms):
                 return Verdict.same
             return verdict
@@ -53,17 +62,21 @@ class Numbers:
             return None
         return 1 if inside[0] > 0 else -1
 
-    def _compared(self, reduction: Reduction, first: Quotient, second: Quotient) -> Verdict:
+    def _compared(
+        self, reduction: Reduction, first: Quotient, second: Quotient, domain: Sequence[Expression]
+    ) -> Verdict:
         algebra = reduction.algebra
         for value in (first, second):
-            if self._zero(value.denominator, algebra.atoms) is not False:
+            if self._zero(value.denominator, algebra.atoms, domain) is not False:
                 return Verdict.unknown  # perhaps undefined
         crossed = algebra.add(first, algebra.negate(second)).numerator
-        zero = self._zero(crossed, algebra.atoms)
+        zero = self._zero(crossed, algebra.atoms, domain)
         return Verdict.unknown if zero is None else Verdict.of(zero)
 
-    def _zero(self, polynomial: Polynomial, atoms: Mapping[str, Atom]) -> bool | None:
-        """Whether a polynomial is identically 0."""
+    def _zero(
+        self, polynomial: Polynomial, atoms: Mapping[str, Atom], domain: Sequence[Expression] = ()
+    ) -> bool | None:
+        """Whether a polynomial is identically 0, where what is in `domain` is not negative."""
         if rational(polynomial) is not None:
             return not polynomial
         used = {key for monomial in polynomial for key, _ in monomial}
@@ -75,9 +88,18 @@ class Numbers:
         if not variables:
             return is_zero(polynomial, atoms)
         for number in range(_POINTS):
-            if is_zero(polynomial, atoms, _point(sorted(variables), number)) is False:
+            point = _point(sorted(variables), number)
+            if is_zero(polynomial, atoms, point) is False and self._is_inside(domain, point):
                 return False
         return None
+
+    def _is_inside(self, domain: Sequence[Expression], point: Mapping[str, Fraction]) -> bool:
+        values = {name: Number(value) for name, value in point.items()}
+        try:
+            signs = [self.order(substituted(expression, values), Number(Fraction(0))) for expression in domain]
+        except Unreadable:
+            return False
+        return all(sign is not None and sign >= 0 for sign in signs)
 
     def _tolerates(
         self, left: Expression, right: Expression, first: Quotient, second: Quotient, atoms: Mapping[str, Atom]
