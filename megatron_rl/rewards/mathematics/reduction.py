@@ -206,19 +206,18 @@ class Reduction:
             return None
         exponents: dict[str, Fraction] = {}
         for key, exponent in monomial:
-            if key in unknown and index % 2 == 0 and exponent.denominator % 2 and exponent.numerator % 2 == 0:
-                if self.algebra.atoms[key].kind == "root" and self.algebra.atoms[key].index % 2 == 0:
-                    exponents[key] = exponent / index
-                    continue
+            atom = key
+            is_even = exponent.denominator % 2 == 1 and exponent.numerator % 2 == 0
+            if key in unknown and index % 2 == 0 and is_even:  # sqrt(x^2) = |x|
                 argument = Quotient({((key, Fraction(1)),): Fraction(1)}, constant(1))
-                ((((absolute, _),), _),) = self._of("abs", argument).numerator.items()
-                exponents[absolute] = exponent / index
-            else:
-                exponents[key] = exponent / index
+                ((((atom, _),), _),) = self._of("abs", argument).numerator.items()
+            exponents[atom] = exponents.get(atom, Fraction(0)) + exponent / index
         return Quotient(self.algebra.simplify(exponents, Fraction(1)), constant(1))
 
     def _is_positive(self, key: str) -> bool:
         atom = self.algebra.atoms[key]
+        if atom.kind == "root" and atom.index % 2 == 0:
+            return True
         if atom.kind == "power":
             base = atom.arguments[0]
             return _is_e(base) or (base.constant or 0) > 0
@@ -279,8 +278,8 @@ class Reduction:
         numbers = [value.constant for value in values]
         number = numbers[0]
         if any(value is None for value in numbers) or number is None:
-            if function == "abs" and _leads_negative(values[0]):
-                return self._of("abs", self.algebra.negate(values[0]))
+            if function == "abs":
+                return self._absolute(values[0])
             return self._of(function, *values)
         if function == "abs":
             return self.algebra.rational(abs(number))
@@ -293,6 +292,18 @@ class Reduction:
         if function == "factorial":
             return self.algebra.rational(math.factorial(int(number)))
         return self.algebra.rational(math.comb(int(number), int(numbers[1] or 0)))
+
+    def _absolute(self, value: Quotient) -> Quotient:
+        """|value|, where its sign is not that of a rational."""
+        if _leads_negative(value):
+            value = self.algebra.negate(value)
+        positive = all(
+            len(polynomial) == 1
+            and next(iter(polynomial.values())) > 0
+            and all(key != "i" and (self._is_positive(key) or power % 2 == 0) for key, power in next(iter(polynomial)))
+            for polynomial in (value.numerator, value.denominator)
+        )
+        return value if positive else self._of("abs", value)
 
     def _trigonometric(self, function: str, value: Quotient) -> Quotient:
         algebra = self.algebra
