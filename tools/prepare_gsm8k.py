@@ -32,7 +32,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_rl.data.files import DataError, Row, read_rows
-from megatron_rl.rewards.answers import HASH, THINK_CLOSE, THINK_OPEN
+from megatron_rl.rewards.formats import HASH, THINK_CLOSE, THINK_OPEN
 
 PAD, EOS = "<pad>", "<eos>"
 _CALCULATION = re.compile(r"<<[^<>]*>>")

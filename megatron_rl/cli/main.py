@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rl import __version__
-from megatron_rl.cli import commands, doctor, launch_slurm, plan, train
+from megatron_rl.cli import commands, doctor, launch_slurm, plan, rewards, train
 from megatron_rl.cli.rank_environment import tell_exit_code
 from megatron_rl.config.errors import EXIT_RESUME, Interrupted, UserError
 
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_quantize_parser,
         plan.add_parser,
         commands.add_report_parser,
+        rewards.add_parser,
         doctor.add_parser,
     ):
         add_parser(subparsers)

@@ -36,6 +36,7 @@ from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.choices import asks_for_hardware, check_engines, choose
 from megatron_rl.models.families import check_family, family_of
 from megatron_rl.placement.layout import Layout, layout_of
+from megatron_rl.rewards.references import check_references
 from megatron_rl.rewards.scoring import resolve_rewards
 from megatron_rl.rollout.hosting import FOLDER_VARIABLE, end_hosts
 from megatron_rl.runs.directory import RunDirectory
@@ -184,17 +185,20 @@ def check_data(config: Config, *, as_prompts: bool) -> dict[str, int]:
         as_prompts: whether the rows are prompts to complete, or prompts with responses to learn.
 
     Raises:
-        DataError: a row cannot be used; it is named by file and line.
+        DataError: a row or its reference answer cannot be used; it is named by file and line.
     """
     files = [file for file in (config.data.train, config.data.eval) if file is not None]
     for file in files:  # before importing transformers, which takes seconds that a typo in a line need not wait
         for _ in read_rows(file, config.data.format):
             pass
     tokenizer, rows = _tokenizer(Path(config.model.hf_path)), {}
+    rewards = resolve_rewards(config.rewards)
     for file in files:
         if as_prompts:
             limit = config.data.max_prompt_tokens
-            rows[file] = len(load_prompts(file, config.data, tokenizer, max_prompt_tokens=limit))
+            prompts = load_prompts(file, config.data, tokenizer, max_prompt_tokens=limit)
+            check_references(prompts, rewards, tolerated=config.rewards.unreadable_references)
+            rows[file] = len(prompts)
         elif config.recipe in (Recipe.preference, Recipe.reward_model):
             rows[file] = len(load_preferences(file, config.data, tokenizer, max_tokens=longest_sequence(config)))
         else:

@@ -100,6 +100,7 @@ RANGES = {
     "rewards.timeout_seconds": "(0, inf)",
     "rewards.memory_gigabytes": "(0, inf)",
     "rewards.lost_value": "(-inf, inf)",
+    "rewards.unreadable_references": "[0, 1]",
     "watchdog.phase_minutes": "(0, inf)",
     "watchdog.heartbeat_seconds": "(0, inf)",
     "slurm.nodes": "[1, inf)",

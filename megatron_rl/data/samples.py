@@ -5,6 +5,7 @@ A `Prompt` comes from a dataset, an engine turns it into `Completion`s, a reward
 are never decoded and encoded again: what was sampled is what is trained on.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +62,8 @@ class Sample:
     """Unweighted value of each reward, by name."""
     token_rewards: tuple[float, ...] | None = None
     """What single tokens of the completion earned, of a process reward; their sum is part of `reward`."""
-
+    notes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """What rewards say beside their value, by name: the verdict, and what was extracted."""
     lost: tuple[str, ...] = ()
     """Why rewards could not be computed: a function that took too long, too much memory, or crashed."""
 

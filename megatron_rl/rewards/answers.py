@@ -19,6 +19,8 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
+from megatron_rl.rewards.extraction import Marked, after_hash, in_box, in_tag
+
 MAX_NUMBER_CHARACTERS = 1000
 """Longer 'numbers' are no numbers: converting one takes quadratic time, and Python refuses beyond 4,300 digits."""
 
@@ -33,12 +35,6 @@ _NUMBER = re.compile(
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", re.ASCII)
 _MINUS = "\u2212"
-
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-HASH = "####"
-
-Marked = tuple[int, str]
-"""Where a mark stands, and what it holds."""
 
 
 def numeric_answer(*, completion: str, answer: str | None, extract: str = "auto") -> float:
@@ -105,30 +101,6 @@ def _reference(answer: str | None) -> str:
     return answer
 
 
-def _after_hash(text: str) -> Marked | None:
-    position = text.rfind("####")
-    return None if position < 0 else (position, text[position + 4 :].lstrip(" ").partition("\n")[0])
-
-
-def _in_box(text: str) -> Marked | None:
-    position = text.rfind("\\boxed{")
-    if position < 0:
-        return None
-    begin = position + len("\\boxed{")
-    depth = 1
-    for end in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return position, text[begin:end]
-    return position, ""  # never closed: the answer was cut, and no earlier one is meant
-
-
-def _in_tag(text: str) -> Marked | None:
-    end = text.rfind("</answer>")
-    begin = text.rfind("<answer>", 0, end) if end >= 0 else -1
-    return None if begin < 0 else (begin, text[begin + len("<answer>") : end])
-
-
 def _from_mark(*marks: Callable[[str], Marked | None]) -> Callable[[str], Fraction | None]:
     def extract(text: str) -> Fraction | None:
         found = [marked for marked in (mark(text) for mark in marks) if marked is not None]
@@ -142,40 +114,18 @@ def _last_number(text: str) -> Fraction | None:
     return found[-1] if found else None
 
 
-_any_mark = _from_mark(_after_hash, _in_box, _in_tag)
+_any_mark = _from_mark(after_hash, in_box, in_tag)
 
 
 def _auto(text: str) -> Fraction | None:
-    marked = any(mark(text) is not None for mark in (_after_hash, _in_box, _in_tag))
+    marked = any(mark(text) is not None for mark in (after_hash, in_box, in_tag))
     return _any_mark(text) if marked else _last_number(text)
 
 
 EXTRACTIONS: dict[str, Callable[[str], Fraction | None]] = {
     "auto": _auto,
     "last_number": _last_number,
-    "hash": _from_mark(_after_hash),
-    "boxed": _from_mark(_in_box),
-    "answer_tag": _from_mark(_in_tag),
+    "hash": _from_mark(after_hash),
+    "boxed": _from_mark(in_box),
+    "answer_tag": _from_mark(in_tag),
 }
-
-
-def think_format(*, prompt: str, completion: str) -> float:
-    """1.0 for '<think>', a thought, '</think>', an answer: each mark once, nothing before them, no part empty.
-
-    Where the prompt ends in '<think>' (some chat templates open the thought themselves), the completion must begin
-    inside it. The marks are looked for in the text, so they must not be special tokens, which the text leaves out.
-    """
-    text = THINK_OPEN + completion if prompt.rstrip().endswith(THINK_OPEN) else completion
-    text = text.strip()
-    if text.count(THINK_OPEN) != 1 or text.count(THINK_CLOSE) != 1 or not text.startswith(THINK_OPEN):
-        return 0.0
-    thought, _, answer = text.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
-    return float(bool(thought.strip()) and bool(answer.strip()))
-
-
-def final_answer_format(*, completion: str) -> float:
-    """1.0 if the last line is '#### n' with a number n alone, and '####' stands nowhere else."""
-    last_line = completion.rstrip().rpartition("\n")[2]
-    if completion.count(HASH) != 1 or not last_line.startswith(HASH + " "):
-        return 0.0
-    return float(is_number(last_line.removeprefix(HASH + " ")))

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_rl.config.functions import Function
+from megatron_rl.config.schema import RewardsConfig
 from megatron_rl.rewards.worker import write_message
 
 _START_SECONDS = 120.0
@@ -33,6 +34,8 @@ class Outcome:
 
     value: Any = None
     """What it returned, if nothing below is set."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Of a `Score`."""
     returned: str | None = None
     """What it returned instead of a number, for a message."""
     raised: str | None = None
@@ -152,7 +155,12 @@ class RewardPool:
         answer = json.loads(bytes(worker.answer))
         if "returned" in answer:
             return Outcome(returned=f"{answer['returned']} ({answer['type']})")
-        return Outcome(value=answer.get("value"), raised=answer.get("raised"), lost=answer.get("lost"))
+        return Outcome(
+            value=answer.get("value"),
+            notes=answer.get("notes", {}),
+            raised=answer.get("raised"),
+            lost=answer.get("lost"),
+        )
 
     def _patience(self, busy: Mapping[int, _Worker]) -> float:
         return max(0.0, min(worker.deadline for worker in busy.values()) - time.monotonic())
@@ -178,6 +186,14 @@ class RewardPool:
             self._idle.append(worker)
         else:
             _kill(worker)
+
+
+def build_pool(config: RewardsConfig) -> RewardPool | None:
+    """Processes for the user's own reward functions, if they are to have any."""
+    if not config.num_workers:
+        return None
+    memory = int(config.memory_gigabytes * 2**30)
+    return RewardPool(num_workers=config.num_workers, timeout_s=config.timeout_seconds, memory_bytes=memory)
 
 
 def _kill(worker: _Worker) -> None:

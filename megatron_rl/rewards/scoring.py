@@ -4,6 +4,8 @@ A reward is a plain function of keywords, called once per sample:
 
     def reward(*, prompt: str, completion: str, answer: str | None, row: dict, finish_reason: str, **args) -> float
 
+(or a `Score`, a float with notes that are logged and counted).
+
 It names what it wants of these five, and gets no more; one with **kwargs gets all. Its other parameters come from the
 `args` of its settings. All of this is checked once, when the settings are resolved and before anything is generated.
 
@@ -26,8 +28,19 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.functions import bind, cause, find_function
 from megatron_rl.config.schema import RewardsConfig
 from megatron_rl.data.samples import Completion, Prompt, Sample
-from megatron_rl.rewards.answers import exact_match, final_answer_format, numeric_answer, think_format
+from megatron_rl.rewards.answers import exact_match, numeric_answer
+from megatron_rl.rewards.formats import (
+    boxed_format,
+    dapo_format,
+    final_answer_format,
+    json_schema,
+    r1_format,
+    think_format,
+)
+from megatron_rl.rewards.instructions import instructions
+from megatron_rl.rewards.mathematics.reward import math_answer
 from megatron_rl.rewards.pool import Outcome, RewardPool
+from megatron_rl.rewards.prose import language, length, repetition
 
 SAMPLE_KEYWORDS = ("prompt", "completion", "answer", "row", "finish_reason")
 
@@ -35,9 +48,18 @@ RewardFunction = Callable[..., Any]
 
 BUILT_INS: dict[str, RewardFunction] = {
     "numeric_answer": numeric_answer,
+    "math_answer": math_answer,
     "exact_match": exact_match,
     "think_format": think_format,
     "final_answer_format": final_answer_format,
+    "boxed_format": boxed_format,
+    "r1_format": r1_format,
+    "dapo_format": dapo_format,
+    "json_schema": json_schema,
+    "instructions": instructions,
+    "length": length,
+    "language": language,
+    "repetition": repetition,
 }
 
 
@@ -108,7 +130,7 @@ def score(
     outcomes = [_outcomes(reward, pairs, pool, on_progress) for reward in rewards]
     samples = []
     for number, (prompt, completion) in enumerate(pairs):
-        terms, lost = {}, []
+        terms, notes, lost = {}, {}, []
         for reward, of_reward in zip(rewards, outcomes, strict=True):
             outcome = of_reward[number]
             if outcome.lost is not None:
@@ -116,8 +138,10 @@ def score(
                 terms[reward.name] = lost_value
             else:
                 terms[reward.name] = _number(outcome, reward, prompt, completion)
+                if outcome.notes:
+                    notes[reward.name] = outcome.notes
         total = math.fsum(reward.weight * terms[reward.name] for reward in rewards)
-        samples.append(Sample(prompt, completion, total, terms, lost=tuple(lost)))
+        samples.append(Sample(prompt, completion, total, terms, notes=notes, lost=tuple(lost)))
     return samples
 
 
@@ -155,7 +179,7 @@ def _called(reward: BoundReward, sample: dict[str, Any]) -> Outcome:
     # float first: isinstance of an abstract class is slow, and this runs for every sample
     if isinstance(value, float | Real):
         try:
-            return Outcome(value=float(value))
+            return Outcome(value=float(value), notes=getattr(value, "notes", {}))
         except OverflowError:  # an integer beyond any float
             pass
     return Outcome(returned=f"{repr(value)[:SHOWN_CHARACTERS]} ({type(value).__name__})")

@@ -55,7 +55,7 @@ def _answer(call: Any, sample: dict[str, Any]) -> dict[str, Any]:
         return {"raised": cause(error)}
     if isinstance(value, float | Real):
         try:
-            return {"value": float(value)}
+            return {"value": float(value), "notes": getattr(value, "notes", {})}
         except OverflowError:  # an integer beyond any float
             pass
     return {"returned": repr(value)[:200], "type": type(value).__name__}

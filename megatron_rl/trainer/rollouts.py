@@ -11,6 +11,7 @@ rounds are spent. What is missing then is filled with such prompts, so that a st
 hang on data that is too easy.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from megatron_rl.data.samples import Completion, Prompt, Sample
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.meeting import Meeting
 from megatron_rl.placement.layout import Layout
-from megatron_rl.rewards.pool import RewardPool
+from megatron_rl.rewards.pool import build_pool
 from megatron_rl.rewards.scoring import BoundReward, RewardError, score
 from megatron_rl.rollout.address import EngineLost
 from megatron_rl.rollout.remote import NoEngine, RemoteEngine
@@ -45,14 +46,6 @@ def training_sampling(config: SamplingConfig) -> Sampling:
         max_response_tokens=config.max_response_tokens,
         stop=tuple(config.stop),
     )
-
-
-def build_pool(config: RewardsConfig) -> RewardPool | None:
-    """Processes for the user's own reward functions, if they are to have any."""
-    if not config.num_workers:
-        return None
-    memory = int(config.memory_gigabytes * 2**30)
-    return RewardPool(num_workers=config.num_workers, timeout_s=config.timeout_seconds, memory_bytes=memory)
 
 
 def draw_seeds(run_seed: int, position: int, count: int) -> list[int]:
@@ -235,6 +228,7 @@ def sample_metrics(samples: Sequence[Sample], *, version: int) -> dict[str, floa
         "reward/min": float(rewards.min()),
         "reward/max": float(rewards.max()),
         **terms,
+        **_verdicts(samples),
         **({"reward/lost": float(num_lost)} if num_lost else {}),
         "response/length_mean": float(lengths.mean()),
         "response/truncated_fraction": sum(truncated) / len(truncated),
@@ -242,6 +236,14 @@ def sample_metrics(samples: Sequence[Sample], *, version: int) -> dict[str, floa
         "staleness/max": max(ages),
         "throughput/tokens": float(lengths.sum()) + sum(len(sample.prompt.token_ids) for sample in samples),
     }
+
+
+def _verdicts(samples: Sequence[Sample]) -> dict[str, float]:
+    """Shares of the verdicts that rewards noted, unknown among them also at 0: reward/math_answer/unknown."""
+    notes = [(name, note["verdict"]) for sample in samples for name, note in sample.notes.items() if "verdict" in note]
+    unknown = {f"reward/{name}/unknown": 0.0 for name, _ in sorted(notes)}
+    counts = sorted(Counter(notes).items())
+    return unknown | {f"reward/{name}/{verdict}": count / len(samples) for (name, verdict), count in counts}
 
 
 def sample_records(samples: Sequence[Sample], advantages: Tensor, *, step: int, count: int) -> list[dict[str, Any]]:
@@ -266,6 +268,7 @@ def _record(sample: Sample, advantage: float, step: int) -> dict[str, Any]:
         "answer": prompt.answer,
         "reward": sample.reward,
         "reward_terms": sample.reward_terms,
+        **({"notes": sample.notes} if sample.notes else {}),
         "advantage": advantage,
         "finish_reason": completion.finish_reason,
         "num_tokens": len(completion.token_ids),

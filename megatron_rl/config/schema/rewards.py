@@ -98,6 +98,8 @@ class RewardsConfig:
     """Limit of a process's data; a function that needs more loses its sample."""
     lost_value: float = 0.0
     """Value of a reward that was lost. How many were is shown as reward/lost."""
+    unreadable_references: float = 0.0
+    """Share of the rows whose reference answer math_answer need not be able to read; more stop the run at its start."""
     model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """A learned reward."""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)

@@ -59,7 +59,8 @@ def test_built_ins_are_bound_with_name_weight_and_args() -> None:
 
 @pytest.mark.parametrize("name", sorted(BUILT_INS))
 def test_every_built_in_takes_the_keywords_of_a_sample(name: str) -> None:
-    assert resolve(name).call(**SAMPLE) in (0.0, 1.0)
+    row = {"schema": {"type": "number"}, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    assert resolve(name).call(**{**SAMPLE, "row": row}) in (0.0, 1.0)
 
 
 def test_a_function_gets_what_it_names_and_one_with_kwargs_gets_all(folder: Path) -> None:
@@ -86,7 +87,7 @@ def test_order_is_that_of_the_settings_and_a_name_stands_once() -> None:
     ("name", "args", "message"),
     [
         ("numeric_anwser", {}, "name: no built-in reward 'numeric_anwser'; did you mean 'numeric_answer'? valid are "),
-        ("zzz", {}, "valid are numeric_answer, exact_match, think_format, final_answer_format"),
+        ("zzz", {}, "valid are numeric_answer, math_answer, "),
         ("custom_rewards.named", {}, "or a path 'package.module:function'"),
         ("no_such_module:f", {}, "cannot import 'no_such_module' of 'no_such_module:f': ModuleNotFoundError"),
         ("broken_rewards:f", {}, "cannot import 'broken_rewards' of 'broken_rewards:f': ZeroDivisionError: "),

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_rl.rewards.score import Score
+
 
 def obedient(*, completion: str, scale: float = 1.0) -> float:
     """Does what the completion says."""
@@ -30,3 +32,8 @@ def obedient(*, completion: str, scale: float = 1.0) -> float:
     if verb == "nan":
         return float("nan")
     return scale * len(completion)
+
+
+def noted(*, completion: str) -> Score:
+    """A number with notes."""
+    return Score(0.5, {"verdict": completion})

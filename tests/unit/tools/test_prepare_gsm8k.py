@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_rl.rewards.answers import final_answer_format, numeric_answer, think_format
+from megatron_rl.rewards.answers import numeric_answer
+from megatron_rl.rewards.formats import final_answer_format, think_format
 from tools.prepare_gsm8k import main, marked_response_of, prompt_of, prose_response_of
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data" / "gsm8k"
