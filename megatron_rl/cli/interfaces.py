@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.models.capabilities import has_transformer_engine
+
 LIBRARIES = ("megatron", "vllm", "modelopt", "transformer_engine")
 
 
@@ -109,13 +111,13 @@ _CALLS = (
     ),
     Call("megatron.core.optimizer:Adam", ()),
     Call("megatron.core.optimizer.distrib_optimizer:Adam", ()),
-    Call("transformer_engine.pytorch.optimizers:FusedAdam", ("lr", "betas", "eps"), "transformer_engine_torch"),
-    Call("transformer_engine.pytorch:fp8_autocast", ("enabled", "fp8_recipe", "fp8_group"), "transformer_engine_torch"),
-    Call("transformer_engine.pytorch:fp8_model_init", ("enabled", "recipe"), "transformer_engine_torch"),
-    Call("transformer_engine.common.recipe:DelayedScaling", ("fp8_format",), "transformer_engine_torch"),
-    Call("transformer_engine.common.recipe:Float8CurrentScaling", ("fp8_format",), "transformer_engine_torch"),
-    Call("transformer_engine.common.recipe:Float8BlockScaling", ("fp8_format",), "transformer_engine_torch"),
-    Call("transformer_engine.common.recipe:MXFP8BlockScaling", ("fp8_format",), "transformer_engine_torch"),
+    Call("transformer_engine.pytorch.optimizers:FusedAdam", ("lr", "betas", "eps"), "transformer_engine"),
+    Call("transformer_engine.pytorch:fp8_autocast", ("enabled", "fp8_recipe", "fp8_group"), "transformer_engine"),
+    Call("transformer_engine.pytorch:fp8_model_init", ("enabled", "recipe"), "transformer_engine"),
+    Call("transformer_engine.common.recipe:DelayedScaling", ("fp8_format",), "transformer_engine"),
+    Call("transformer_engine.common.recipe:Float8CurrentScaling", ("fp8_format",), "transformer_engine"),
+    Call("transformer_engine.common.recipe:Float8BlockScaling", ("fp8_format",), "transformer_engine"),
+    Call("transformer_engine.common.recipe:MXFP8BlockScaling", ("fp8_format",), "transformer_engine"),
     Call("apex.optimizers:FusedAdam", ("lr", "betas", "eps"), "apex"),
     Call("modelopt.torch.quantization:quantize", ("model", "config", "forward_loop"), "modelopt"),
     Call("modelopt.torch.quantization.nn:TensorQuantizer._get_amax", ("inputs",), "modelopt"),
@@ -174,7 +176,7 @@ def _installed(module: str) -> bool:
 
 def _is_made(call: Call) -> bool:
     module = call.only_if or call.where.partition(":")[0]
-    return _installed(module)
+    return has_transformer_engine() if module == "transformer_engine" else _installed(module)
 
 
 def _imports(names: set[tuple[str, str]]) -> Iterator[Callable[[], str | None]]:

@@ -93,6 +93,10 @@ class Reinforcement:
         self.kl = KLPenalty(config.algorithm.kl, self.training.reference, self.training.state)
         self.learned_reward = LearnedReward(config, groups, tokenizer) if config.rewards.model.hf_path else None
         self.sampling = training_sampling(rollout.sampling)
+        offloads = rollout.offload_training
+        self._memory = [TrainingMemory(m.optimizer) for m in self.training.models.values()] if offloads else []
+        for memory in self._memory:  # an engine starts only where its memory is free
+            memory.free()
         engine = place_engine(config, layout, groups)
         self.worker = RolloutWorker(engine, rewards, layout, groups, config=config.rewards)
         self._sync = WeightSync(
@@ -104,8 +108,6 @@ class Reinforcement:
             quantization=rollout.quantization,
             pad_to_multiple=self.training.pad_to_multiple,
         )
-        offloads = rollout.offload_training
-        self._memory = [TrainingMemory(m.optimizer) for m in self.training.models.values()] if offloads else []
         self.training.after_rollback = self.sync_weights
         self.worker.bring_back = lambda: self._sync(self._sync.version)
 
