@@ -51,7 +51,7 @@ class TokenObjective:
 
     def loss_metric(self, loss: Tensor, row: PackedRow) -> Metric:
         """A row's part of the loss. The rows' counts add up to 1 per optimizer step: a step's updates are averaged."""
-        return Metric("mean", float(loss.detach()), float(row.loss_mask.sum()) / self.counts.num_tokens)
+        return Metric("mean", loss.detach(), row.loss_mask.sum().double() / self.counts.num_tokens)
 
 
 @dataclass(frozen=True)
