@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.models.capabilities import has_transformer_engine
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -39,11 +41,11 @@ STAGES = (
     ),
     Stage("log_prob_head", (), 600, "fused log-prob heads against their matrix products: time, memory and aims"),
     Stage("train_bf16", ("megatron.core",), 900, "a training step in bfloat16: MFU, against its products, memory"),
-    Stage("train_fp8", ("megatron.core", "transformer_engine_torch"), 900, "the same with FP8 layers"),
+    Stage("train_fp8", ("megatron.core", "transformer_engine"), 900, "the same with FP8 layers"),
     Stage("weight_sync", ("megatron.core", "vllm"), 900, "policy to engine, GB/s against a copy on the device"),
     Stage(
         "batch_invariance",
-        ("megatron.core", "transformer_engine_torch", "vllm", "flash_attn_interface or flash_attn.cute"),
+        ("megatron.core", "transformer_engine", "vllm", "flash_attn_interface or flash_attn.cute"),
         1800,
         "cost of batch-invariant kernels, and what difference of log-probs remains",
     ),
@@ -79,6 +81,8 @@ def missing(stage: Stage, gpu: str | None) -> str:
 
 
 def _has(module: str) -> bool:
+    if module == "transformer_engine":
+        return has_transformer_engine()
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package that it is in

@@ -124,8 +124,8 @@ def importance_metrics(log_ratio: Tensor, mask: Tensor, *, low: float, high: flo
         "importance/below_fraction": masked_mean((ratio < low).double(), mask),
         "importance/above_fraction": masked_mean((ratio > high).double(), mask),
         "importance/effective_sample_size": EffectiveSampleSize(
-            value=float((kept * mask).sum()),
-            count=float(mask.double().sum()),
-            sum_of_squares=float((kept.square() * mask).sum()),
+            value=(kept * mask).sum(),
+            count=mask.double().sum(),
+            sum_of_squares=(kept.square() * mask).sum(),
         ),
     }

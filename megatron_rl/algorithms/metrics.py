@@ -6,7 +6,8 @@ What is no mean carries the sums that it is a function of: a variance is not the
 effective sample size not the sum of sizes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,12 +20,13 @@ Kind = Literal["mean", "sum", "min", "max", "explained_variance", "effective_sam
 class Metric:
     """A number with its rule of combination.
 
-    `value` is the sum for kind 'mean' and 'sum'; `count` is used by 'mean' alone.
+    `value` is the sum for kind 'mean' and 'sum'; `count` is used by 'mean' alone. Of a row both may be scalars on its
+    device, which `on_host` reads: a GPU would be waited for at every number.
     """
 
     kind: Kind
-    value: float
-    count: float = 1.0
+    value: float | Tensor
+    count: float | Tensor = 1.0
 
     def __add__(self, other: "Metric") -> "Metric":
         if self.kind != other.kind:
@@ -36,8 +38,8 @@ class Metric:
     def result(self) -> float:
         """The combined number; a mean over nothing is nan."""
         if self.kind == "mean":
-            return self.value / self.count if self.count else float("nan")
-        return self.value
+            return float(self.value / self.count) if self.count else float("nan")
+        return float(self.value)
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,11 @@ class EffectiveSampleSize(Metric):
     """
 
     kind: Kind = "effective_sample_size"
-    value: float = 0.0
+    value: float | Tensor = 0.0
     """sum w."""
-    count: float = 0.0
+    count: float | Tensor = 0.0
     """n."""
-    sum_of_squares: float = 0.0
+    sum_of_squares: float | Tensor = 0.0
     """sum w^2."""
 
     def __add__(self, other: Metric) -> "EffectiveSampleSize":
@@ -135,27 +137,38 @@ class EffectiveSampleSize(Metric):
         """The effective part of the samples."""
         if self.count == 0:
             return float("nan")
-        return self.value**2 / (self.count * self.sum_of_squares) if self.sum_of_squares > 0 else 0.0
+        return float(self.value**2 / (self.count * self.sum_of_squares)) if self.sum_of_squares > 0 else 0.0
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Metric:
     """Mean of values [T] where mask [T] is 1; values under mask 0 may be anything, also nan."""
     kept = torch.where(mask > 0, values.detach(), 0.0).double()
-    return Metric("mean", float((kept * mask).sum()), float(mask.double().sum()))
+    return Metric("mean", (kept * mask).sum(), mask.double().sum())
 
 
 def masked_max(values: Tensor, mask: Tensor) -> Metric:
     """Largest of values [T] where mask [T] is 1; -inf over nothing."""
-    return Metric(
-        "max", float(torch.where(mask > 0, values.detach(), float("-inf")).max()) if len(values) else float("-inf")
-    )
+    return Metric("max", torch.where(mask > 0, values.detach(), float("-inf")).max() if len(values) else float("-inf"))
 
 
 def masked_min(values: Tensor, mask: Tensor) -> Metric:
     """Smallest of values [T] where mask [T] is 1; inf over nothing."""
-    return Metric(
-        "min", float(torch.where(mask > 0, values.detach(), float("inf")).min()) if len(values) else float("inf")
-    )
+    return Metric("min", torch.where(mask > 0, values.detach(), float("inf")).min() if len(values) else float("inf"))
+
+
+def on_host(of_rows: Sequence[dict[str, Metric]]) -> list[dict[str, Metric]]:
+    """The same metrics as Python's numbers, all read from the device at once."""
+
+    def scalars(metric: Metric) -> dict[str, Tensor]:
+        return {name: number for name, number in vars(metric).items() if isinstance(number, Tensor)}
+
+    found = [number.double() for row in of_rows for metric in row.values() for number in scalars(metric).values()]
+    read = iter(torch.stack(found).tolist() if found else [])
+
+    def of(metric: Metric) -> Metric:
+        return replace(metric, **{name: next(read) for name in scalars(metric)})
+
+    return [{name: of(metric) for name, metric in of_row.items()} for of_row in of_rows]
 
 
 def combine(into: dict[str, Metric], more: dict[str, Metric]) -> dict[str, Metric]:

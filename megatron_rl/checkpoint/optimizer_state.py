@@ -166,7 +166,7 @@ def _whole_tensors(one: Any, entries: list[_Entry]) -> Iterator[tuple[int, str, 
         wanted = {number for number in owner if kind in _kinds(entries[number].data)}
         outgoing = [[p.tensor(kind) for n, p in pieces if n in wanted and owner[n] == to] for to in range(group.size())]
         incoming = [[h for h in of_rank if h[0] in wanted and owner[h[0]] == rank] for of_rank in held]
-        empty = entries[0].data.new_empty(0, dtype=torch.float32)
+        empty = torch.empty(0, dtype=torch.float32)
         yield from _assembled(kind, _exchange(outgoing, incoming, empty, group), incoming, entries)
 
 
@@ -185,13 +185,17 @@ def _owners(held: list[list[tuple[int, int, int]]], num_ranks: int) -> dict[int,
 def _exchange(
     outgoing: list[list[Tensor]], incoming: list[list[tuple[int, int, int]]], empty: Tensor, group: Any
 ) -> Tensor:
-    """All pieces for this rank, by sending rank, in the order of `incoming`; on the CPU."""
+    """All pieces for this rank, by sending rank, in the order of `incoming`; on the CPU.
+
+    They travel between hosts: moments may be there already, given up for the engines, and beside an engine that is
+    awake a GPU has no room for them.
+    """
     sent = [sum(tensor.numel() for tensor in to) for to in outgoing]
     received = [sum(count for _, _, count in of_rank) for of_rank in incoming]
-    sending = torch.cat([empty, *(tensor for to in outgoing for tensor in to)])
+    sending = torch.cat([empty, *(tensor.cpu() for to in outgoing for tensor in to)])
     receiving = empty.new_empty(sum(received))
     dist.all_to_all_single(receiving, sending, received, sent, group=group)
-    return receiving.cpu()
+    return receiving
 
 
 def _assembled(

@@ -26,7 +26,7 @@ from typing import Any
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.schema import AdamImplementation, ModelConfig
-from megatron_rl.models.capabilities import LIBRARIES, capabilities, installed_version
+from megatron_rl.models.capabilities import LIBRARIES, capabilities, has_transformer_engine, installed_version
 from megatron_rl.models.choices import choose
 from megatron_rl.runs.diagnosis import diagnosis
 from megatron_rl.runs.directory import RunDirectory
@@ -188,13 +188,13 @@ _CALLS = (
     ),
     Call("megatron.core.optimizer:Adam", ()),
     Call("megatron.core.optimizer.distrib_optimizer:Adam", ()),
-    Call("transformer_engine.pytorch.optimizers:FusedAdam", ("lr", "betas", "eps"), "transformer_engine_torch"),
-    Call("transformer_engine.pytorch:fp8_autocast", ("enabled", "fp8_recipe", "fp8_group"), "transformer_engine_torch"),
-    Call("transformer_engine.pytorch:fp8_model_init", ("enabled", "recipe"), "transformer_engine_torch"),
-    Call("transformer_engine.common.recipe:DelayedScaling", ("fp8_format",), "transformer_engine_torch"),
-    Call("transformer_engine.common.recipe:Float8CurrentScaling", ("fp8_format",), "transformer_engine_torch"),
-    Call("transformer_engine.common.recipe:Float8BlockScaling", ("fp8_format",), "transformer_engine_torch"),
-    Call("transformer_engine.common.recipe:MXFP8BlockScaling", ("fp8_format",), "transformer_engine_torch"),
+    Call("transformer_engine.pytorch.optimizers:FusedAdam", ("lr", "betas", "eps"), "transformer_engine"),
+    Call("transformer_engine.pytorch:fp8_autocast", ("enabled", "fp8_recipe", "fp8_group"), "transformer_engine"),
+    Call("transformer_engine.pytorch:fp8_model_init", ("enabled", "recipe"), "transformer_engine"),
+    Call("transformer_engine.common.recipe:DelayedScaling", ("fp8_format",), "transformer_engine"),
+    Call("transformer_engine.common.recipe:Float8CurrentScaling", ("fp8_format",), "transformer_engine"),
+    Call("transformer_engine.common.recipe:Float8BlockScaling", ("fp8_format",), "transformer_engine"),
+    Call("transformer_engine.common.recipe:MXFP8BlockScaling", ("fp8_format",), "transformer_engine"),
     Call("apex.optimizers:FusedAdam", ("lr", "betas", "eps"), "apex"),
     Call("modelopt.torch.quantization:quantize", ("model", "config", "forward_loop"), "modelopt"),
     Call("modelopt.torch.quantization.nn:TensorQuantizer._get_amax", ("inputs",), "modelopt"),
@@ -253,7 +253,7 @@ def _installed(module: str) -> bool:
 
 def _is_made(call: Call) -> bool:
     module = call.only_if or call.where.partition(":")[0]
-    return _installed(module)
+    return has_transformer_engine() if module == "transformer_engine" else _installed(module)
 
 
 def _imports(names: set[tuple[str, str]]) -> Iterator[Callable[[], str | None]]:

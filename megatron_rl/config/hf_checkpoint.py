@@ -26,7 +26,7 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 )
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """What config.json calls the number of routed experts: Qwen3-MoE, Mixtral and GPT-OSS, DeepSeek."""
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -71,7 +71,7 @@ def read_model_shape(folder: Path, key: str = "model.hf_path") -> ModelShape:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(f"{key}: {name} in {folder / 'config.json'}: given {size}, allowed: an integer >= 1")
         sizes[name] = size
-    num_experts = next((config[name] for name in _NUM_EXPERTS if config.get(name)), 0)
+    num_experts = next((config[name] for name in NUM_EXPERTS if config.get(name)), 0)
     ffn = config.get("moe_intermediate_size") or sizes["intermediate_size"]
     experts = dict(num_experts=num_experts, expert_intermediate_size=ffn) if num_experts else {}
     return ModelShape(architecture=str(architectures[0]), **sizes, **experts)

@@ -32,12 +32,14 @@ def token_multiple(model: ModelConfig, parallel: ParallelConfig) -> int:
 
         sequence parallelism    each of its ranks gets as many tokens
         FP8                     each of these parts is a multiple of 16, of 32 with mxfp8: the product that makes a
-                                weight's gradient runs along the tokens, and FP8 products want their inner side so long
+                                weight's gradient runs along the tokens, and FP8 products want their inner side so long;
+                                of 128 with blockwise, whose blocks Transformer Engine else gathers in bfloat16
 
-    Source of the FP8 sizes: Transformer Engine's products (16), blocks of mxfp8 that share a scale (32).
+    Source of the FP8 sizes: Transformer Engine's products (16), blocks of mxfp8 that share a scale (32), and
+    `Float8BlockQuantizer.is_quantizable` (128).
     """
     parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return parts * fp8_multiple(model)
+    return parts * (128 if fp8_recipe(model) is Fp8Recipe.blockwise else fp8_multiple(model))
 
 
 def fp8_multiple(model: ModelConfig) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 from datetime import timedelta
 
 import numpy as np
@@ -9,10 +10,31 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_rl.config.errors import UserError
 from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.device import HAS_CUDA, distributed_backend, this_device
 from megatron_rl.models.groups import megatron_groups
 from megatron_rl.parallel.groups import Groups
+
+
+def _check_local_rank(local_rank: int, num_devices: int) -> None:
+    """Raise UserError if a rank cannot have the GPU of its number."""
+    if local_rank >= num_devices:
+        raise UserError(
+            f"LOCAL_RANK: given {local_rank}, allowed: below {num_devices}, the GPUs that this rank sees; "
+            "every task must see all GPUs of its node (no --gpus-per-task, no --gpu-bind)"
+        )
+
+
+def _prepare_sockets() -> None:
+    """Let gloo connect two ranks when they first talk, and this process have as many connections as the system allows.
+
+    Every group has gloo beside NCCL, and gloo would connect all pairs of each group at once: thousands of sockets per
+    rank at 512 ranks, where 1,024 files are the usual soft limit.
+    """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def initialize(parallel: ParallelConfig, *, seed: int) -> Groups:
@@ -23,7 +45,12 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Groups:
         seed: of initial weights and dropout; data-parallel replicas share it.
     """
     if HAS_CUDA:
+        _check_local_rank(this_device().index, torch.cuda.device_count())
         torch.cuda.set_device(this_device())
+        # A collective that hangs on a GPU hangs no Python frame: NCCL's recorder then tells which rank lacks which.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    _prepare_sockets()
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if not dist.is_initialized():
         dist.init_process_group(

@@ -162,7 +162,7 @@ class Optimizer:
         # A rank whose shard of the optimizer is empty has no parameter group to read the rate from.
         if dist.get_world_size() == 1:
             return lr
-        value = torch.tensor([lr], dtype=torch.float64, device=next(iter(self.policy.parameters.values())).device)
+        value = torch.tensor([lr], dtype=torch.float64)  # on the host: NCCL would connect all ranks for it
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return float(value)
 
@@ -180,7 +180,7 @@ class TrainingMemory:
         if self._is_free:
             return
         for chunk in self._chunks:
-            chunk.offload_grad_buffers(synchronize=HAS_CUDA, empty_cache=False)
+            chunk.offload_grad_buffers(synchronize=HAS_CUDA, empty_cache=HAS_CUDA)
         for state, _ in self._states():
             for name, tensor in _large(state):
                 state[name] = tensor.cpu()

@@ -125,7 +125,15 @@ class Policy:
                     flash_attention_version=self.choices.flash_attention_version,
                 ),
             )
-        return transformer_config(self.hf, dtype=self.dtype, overrides=chosen | model.transformer_config)
+        overrides = chosen | model.transformer_config
+        config = transformer_config(self.hf, dtype=self.dtype, overrides=overrides)
+        exchange = self.choices.context_parallel_fields(
+            windows_or_sinks=config.window_size is not None or config.softmax_type != "vanilla",
+            size=parallel.context_parallel_size,
+            heads_of_rank=config.num_attention_heads // parallel.tensor_model_parallel_size,
+            key_value_heads_of_rank=max(1, config.num_query_groups // parallel.tensor_model_parallel_size),
+        )
+        return transformer_config(self.hf, dtype=self.dtype, overrides=exchange | overrides) if exchange else config
 
     def _build_models(self, num_chunks: int) -> list[GPTModel]:
         return [

@@ -17,7 +17,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_rl.algorithms.metrics import Metric, combine
+from megatron_rl.algorithms.metrics import Metric, combine, on_host
 from megatron_rl.data.packing import MicroBatch
 from megatron_rl.device import this_device
 from megatron_rl.engine.head import Extra, TokenLoss
@@ -90,7 +90,7 @@ def _forward_step(
         with torch.set_grad_enabled(not isinstance(output, TokenLoss)):
             value, metrics = loss_fn(*whole[:num_arguments], micro_batch)
         # A token that is not finite has gradient 0 in some objectives, so the loss itself must be looked at.
-        metrics = metrics | {NON_FINITE_LOSSES: Metric("sum", float(not torch.isfinite(value.detach())))}
+        metrics = metrics | {NON_FINITE_LOSSES: Metric("sum", (~torch.isfinite(value.detach())).sum())}
         # A count of 0 tokens: core adds the counts up and divides by none.
         return output.loss if isinstance(output, TokenLoss) else value, torch.tensor(0, dtype=torch.int32), metrics
 
@@ -154,7 +154,7 @@ def forward_backward(
     """
     policy.head.temperature, policy.head.extras = temperature, extras
     metrics: dict[str, Metric] = {}
-    for of_micro_batch in _run(policy, micro_batches, loss_fn, forward_only=False):
+    for of_micro_batch in on_host(_run(policy, micro_batches, loss_fn, forward_only=False)):
         metrics = combine(metrics, of_micro_batch)
     return metrics if policy.groups.reports else {}
 

@@ -102,6 +102,16 @@ def _importable(*modules: str) -> bool:
     return any(importlib.util.find_spec(module) is not None for module in modules)
 
 
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine's torch part is installed, without importing it.
+
+    pip puts its library, transformer_engine_torch, into a folder of `transformer_engine` from which only an import of
+    that package makes it importable; and the wheel of the kernels alone has that package too. So the distribution
+    counts.
+    """
+    return _installed("transformer_engine_torch") is not None or _importable("transformer_engine_torch")
+
+
 @cache
 def capabilities() -> Capabilities:
     """Those of this machine, as seen by this rank."""
@@ -109,7 +119,7 @@ def capabilities() -> Capabilities:
 
     return Capabilities(
         compute_capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
-        transformer_engine=_importable("transformer_engine_torch"),  # the wheel of its kernels alone has the other name
+        transformer_engine=has_transformer_engine(),
         apex=_importable("apex"),
         fused_weight_gradient=_importable("fused_weight_gradient_mlp_cuda"),
         # As Transformer Engine looks for them: the fourth alone has a package `flash_attn` as well.

@@ -3,7 +3,8 @@
     layers                      Transformer Engine's on a GPU where it is installed, else the portable ones
     optimizer                   Transformer Engine's fused Adam, else apex's, on a GPU; else torch's
     gradient_accumulation_fusion  with apex's extension on a GPU (core's own linear layers have no other)
-    apply_rope_fusion           with Transformer Engine's layers, but for latent attention
+    apply_rope_fusion           with Transformer Engine's layers, but for latent attention and YaRN
+    moe_grouped_gemm            with Transformer Engine's layers: all experts of a rank in one call
     bias_activation_fusion      on a GPU, where the activation is silu
     masked_softmax_fusion       never: both attentions bring their own softmax
     attention                   torch's in portable layers; flash-attn, else cuDNN, in Transformer Engine's
@@ -12,10 +13,12 @@ Whatever `model.layer_spec`, `optimizer.implementation` or `model.transformer_co
 with the reason where the machine cannot do it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.config.errors import ConfigError
+from megatron_rl.config.hf_checkpoint import NUM_EXPERTS
 from megatron_rl.config.numerics import fp8_recipe
 from megatron_rl.config.schema import (
     AdamImplementation,
@@ -27,6 +30,7 @@ from megatron_rl.config.schema import (
     RolloutConfig,
 )
 from megatron_rl.models.capabilities import Capabilities
+from megatron_rl.models.rope_parameters import rope_parameters
 
 _FP8_NEEDS = {
     Fp8Recipe.delayed: ((8, 9), "Ada, Hopper or newer"),
@@ -72,15 +76,39 @@ class Choices:
     def transformer_fields(self, hf: dict[str, Any]) -> dict[str, Any]:
         """The fields of Megatron's TransformerConfig among them, as far as the model of a config.json has the kernels.
 
-        Core fuses silu in gated MLPs, and rope where all of a head is rotated alike, which latent attention is not.
+        Core fuses silu in gated MLPs, and rope where all of a head is rotated alike, which latent attention is not. Of
+        packed rows its fused rope leaves YaRN's factor out, without a word (`rope_utils.apply_rotary_pos_emb`).
         """
         plain_silu = hf.get("hidden_act") == "silu" and hf.get("model_type") != "gpt_oss"
+        fuses_rope = "kv_lora_rank" not in hf and rope_parameters(hf)["rope_type"] != "yarn"
+        grouped = self.layer_spec is LayerSpec.transformer_engine and any(hf.get(name) for name in NUM_EXPERTS)
         return {
             "gradient_accumulation_fusion": self.gradient_accumulation_fusion,
-            "apply_rope_fusion": self.apply_rope_fusion and "kv_lora_rank" not in hf,
+            "apply_rope_fusion": self.apply_rope_fusion and fuses_rope,
             "bias_activation_fusion": self.bias_activation_fusion and plain_silu,
             "masked_softmax_fusion": self.masked_softmax_fusion,
+            # One by one, experts are a launch each of every operation, and a wait for their numbers of tokens.
+            **({"moe_grouped_gemm": True, "moe_permute_fusion": True} if grouped else {}),
         }
+
+    def context_parallel_fields(
+        self, *, windows_or_sinks: bool, size: int, heads_of_rank: int, key_value_heads_of_rank: int
+    ) -> dict[str, Any]:
+        """How Transformer Engine's attention exchanges keys and values of a context-parallel group of `size` ranks.
+
+        Sent round from rank to rank (core's own choice) it has no windows and no sinks; exchanged for heads it has, and
+        then each rank attends with its part of the heads over all tokens.
+
+        Raises:
+            ConfigError: the heads of a rank cannot be divided.
+        """
+        if size == 1 or not windows_or_sinks or self.layer_spec is not LayerSpec.transformer_engine:
+            return {}
+        heads = math.gcd(heads_of_rank, key_value_heads_of_rank)
+        if heads % size:
+            reason = "with windows or sinks Transformer Engine's attention divides heads among these ranks"
+            _refuse("parallel.context_parallel_size", size, f"a divisor of {heads}: {reason}")
+        return {"cp_comm_type": "a2a"}
 
 
 def asks_for_hardware(config: Config) -> bool:

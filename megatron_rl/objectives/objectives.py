@@ -52,7 +52,7 @@ class TokenObjective:
     def loss_metric(self, loss: Tensor, micro_batch: MicroBatch) -> Metric:
         """A micro-batch's part of the loss. The micro-batches' counts add up to 1 per optimizer step: a step's updates
         are averaged."""
-        return Metric("mean", float(loss.detach()), float(micro_batch.loss_mask.sum()) / self.counts.num_tokens)
+        return Metric("mean", loss.detach(), micro_batch.loss_mask.sum().double() / self.counts.num_tokens)
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,13 @@ class PreferenceObjective:
                 "preference/rejected_reward": masked_mean(rewards, (~desirable).float()),
             }
         loss = losses.sum() / self._num_units
-        metrics["preference/loss"] = Metric("mean", float(loss.detach()), len(losses) / self._num_units)
+        metrics["preference/loss"] = Metric("mean", loss.detach(), len(losses) / self._num_units)
         if self.settings.sft_coefficient:
             sft = (
                 -sequence_sums(log_probs, micro_batch.loss_mask, _cu_seqlens(micro_batch))[0::2].sum()
                 / self.num_chosen_tokens
             )
-            metrics["preference/sft_loss"] = Metric("mean", float(sft.detach()), len(losses) / self._num_units)
+            metrics["preference/sft_loss"] = Metric("mean", sft.detach(), len(losses) / self._num_units)
             loss = loss + self.settings.sft_coefficient * sft.to(loss.dtype)
         return loss, metrics
 
@@ -116,7 +116,7 @@ class RewardObjective:
         return self._summed(losses.sum() / num_units, len(losses) / num_units, metrics)
 
     def _summed(self, loss: Tensor, share: float, metrics: dict[str, Metric]) -> Loss:
-        return loss, {"preference/loss": Metric("mean", float(loss.detach()), share), **metrics}
+        return loss, {"preference/loss": Metric("mean", loss.detach(), share), **metrics}
 
 
 def _cu_seqlens(micro_batch: MicroBatch) -> Tensor:

@@ -6,7 +6,6 @@ TRITON_INTERPRET=1 runs them on CPU tensors too, slowly, for tests.
 """
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,16 +93,16 @@ def gradient(
 if _HAS_TRITON:
     # Compiled anew for a number of columns of another divisibility by 16, never for another number of tokens.
     @triton.jit(do_not_specialize=["num_rows"])
-    def _reduce_kernel(
-        x_ptr: Any,
-        x_stride: Any,
-        out_ptr: Any,
-        out_stride: Any,
-        column_ptr: Any,
-        statistics_ptr: Any,
-        num_rows: Any,
-        num_columns: Any,
-        inverse_temperature: Any,
+    def _reduce_kernel(  # type: ignore[no-untyped-def]  # Triton refuses annotations but constexpr
+        x_ptr,
+        x_stride,
+        out_ptr,
+        out_stride,
+        column_ptr,
+        statistics_ptr,
+        num_rows,
+        num_columns,
+        inverse_temperature,
         ENTROPY: tl.constexpr,
         KEEP: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -147,18 +146,18 @@ if _HAS_TRITON:
                 tl.store(out_ptr + first + block, e.to(out_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _gradient_kernel(
-        x_ptr: Any,
-        x_stride: Any,
-        out_ptr: Any,
-        out_stride: Any,
-        column_ptr: Any,
-        shift_ptr: Any,
-        offset_ptr: Any,
-        slope_ptr: Any,
-        at_label_ptr: Any,
-        num_columns: Any,
-        inverse_temperature: Any,
+    def _gradient_kernel(  # type: ignore[no-untyped-def]  # Triton refuses annotations but constexpr
+        x_ptr,
+        x_stride,
+        out_ptr,
+        out_stride,
+        column_ptr,
+        shift_ptr,
+        offset_ptr,
+        slope_ptr,
+        at_label_ptr,
+        num_columns,
+        inverse_temperature,
         SLOPE: tl.constexpr,
         EXPONENTIALS: tl.constexpr,
         BLOCK: tl.constexpr,

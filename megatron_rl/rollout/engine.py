@@ -79,7 +79,7 @@ class RolloutEngine:
         self.weight_version = 0
         """Version of the weights, stamped on every completion."""
         self._owns_world = not dist.is_initialized()
-        self._asleep = False
+        self._asleep = self._has_cache_to_map = False
         world_size = 1 if self._owns_world else dist.get_world_size()
         if world_size % tensor_model_parallel_size:
             size = f"rollout.tensor_model_parallel_size is {tensor_model_parallel_size}"
@@ -89,6 +89,9 @@ class RolloutEngine:
         if batch_invariant:
             os.environ["VLLM_BATCH_INVARIANT"] = "1"
             make_room_for_vllm(capabilities().compute_capability)
+        if record_routes:
+            # The second model runner, vLLM's default on GPUs, has not the forward pass that the recorder wraps.
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         with isolated():
             from megatron_rl.rollout import llm
 
@@ -111,9 +114,8 @@ class RolloutEngine:
             self._recorder = self._recorder_of_routes() if record_routes else None
         RolloutEngine._alive = True
         self._tokenizer = self._engine.get_tokenizer()
-        # Left in place it would destroy the caller's process groups when the engine is collected.
-        self._engine.engine_core._finalizer.detach()
-        # On a CPU vLLM compiles a function of its sampler (2 s, and a C++ compiler) even with enforce_eager.
+        _keep_process_groups(self._engine.engine_core)
+        # On a CPU vLLM compiles a function of its sampler (2 s, and a C++ compiler) even where it is told to be eager.
         self._interpreted = llm.ON_CPU and enforce_eager
 
     def generate(
@@ -194,11 +196,11 @@ class RolloutEngine:
         Raises:
             RuntimeError: a tensor is missing or came twice; the engine is then unusable.
         """
-        self._require_awake()
+        self._prepare_loading()
         from megatron_rl.rollout.weight_loading import reload_weights
 
         self._engine.collective_rpc(reload_weights, args=(named_tensors,))
-        self._reset_prefix_cache()
+        self._finish_loading()
         self.weight_version = version
 
     def load_shards(
@@ -217,25 +219,32 @@ class RolloutEngine:
         Raises:
             TransferError: what came is not the engine's model; the engine is then unusable.
         """
-        self._require_awake()
+        self._prepare_loading()
         from megatron_rl.rollout.weight_loading import load_shards
 
         self._engine.collective_rpc(load_shards, args=(shard, feed, on_filled))
-        self._reset_prefix_cache()
+        self._finish_loading()
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Give the GPU's memory to training: weights go to the host, keys and values are dropped. Nothing on a CPU."""
+        """Give the GPU's memory to training: weights, keys and values are dropped. Nothing on a CPU."""
         if not self._llm.ON_CPU and not self._asleep:
             self._reset_prefix_cache()
-            self._engine.sleep(level=1)
+            # With asynchronous scheduling a step may still be queued, whose memory would be unmapped under it.
+            torch.cuda.synchronize()
+            self._engine.sleep(level=2)  # every wake is followed by a sync, so the weights need no copy on the host
             self._asleep = True
 
     def wake_up(self) -> None:
-        """Take the memory back. Nothing on a CPU."""
+        """Take the memory back for weights, which must be loaded next; keys and values follow them. Nothing on a CPU.
+
+        Loading needs buffers that a GPU does not hold beside the cache of keys and values.
+        """
         if self._asleep:
-            self._engine.wake_up()
-            self._asleep = False
+            gc.collect()
+            torch.cuda.empty_cache()  # vLLM maps its memory itself, so PyTorch would not give its unused blocks back
+            self._engine.wake_up(tags=["weights"])
+            self._asleep, self._has_cache_to_map = False, True
 
     def shutdown(self) -> None:
         """Free the engine's memory and process groups; the caller's world stays. Engines of a process share groups."""
@@ -317,6 +326,32 @@ class RolloutEngine:
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM kept its cache of prefixes: requests are still running")
 
+    def _prepare_loading(self) -> None:
+        if self._asleep:
+            raise RuntimeError("the rollout engine sleeps; call wake_up() first")
+        if not self._llm.ON_CPU:
+            torch.cuda.synchronize()  # a step that is still queued reads the weights that are about to change
+
+    def _finish_loading(self) -> None:
+        if self._has_cache_to_map:
+            gc.collect()
+            torch.cuda.empty_cache()
+            self._engine.wake_up(tags=["kv_cache"])
+            self._has_cache_to_map = False
+        self._reset_prefix_cache()
+
     def _require_awake(self) -> None:
         if self._asleep:
             raise RuntimeError("the rollout engine sleeps; call wake_up() first")
+        if self._has_cache_to_map:
+            raise RuntimeError("the rollout engine has no weights since it slept; load them first")
+
+
+def _keep_process_groups(client: Any) -> None:
+    """Keep vLLM from destroying the caller's process groups when its engine is collected.
+
+    Releases before 0.32 have no finalizer that would.
+    """
+    finalizer = getattr(client, "_finalizer", None)
+    if finalizer is not None:
+        finalizer.detach()

@@ -29,15 +29,16 @@ _TORCH_CUDA_NAMES = ("Event", "Stream", "current_stream", "stream")
 def isolated() -> Iterator[None]:
     """Import vLLM and start its engine in here.
 
-    Restores on exit: the random states, `torch.set_num_threads` and the number of threads, torch's default dtype,
-    streams and events of `torch.cuda`, the environment but for vLLM's own variables, the warning filters, and the
-    garbage collector's view of the heap.
+    Restores on exit: the current CUDA stream, the random states, `torch.set_num_threads` and the number of threads,
+    torch's default dtype, streams and events of `torch.cuda`, the environment but for vLLM's own variables, the warning
+    filters, and the garbage collector's view of the heap.
     """
     _configure()
     environment = dict(os.environ)
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     dtype = torch.get_default_dtype()
     torch_cuda = {name: getattr(torch.cuda, name) for name in _TORCH_CUDA_NAMES}
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
     heap_was_frozen = gc.get_freeze_count() > 0
     # Older than `kv_cache_memory_bytes`, and it would silently win over it.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
@@ -51,6 +52,9 @@ def isolated() -> Iterator[None]:
         torch.set_default_dtype(dtype)
         for name, value in torch_cuda.items():
             setattr(torch.cuda, name, value)
+        if stream is not None:
+            # vLLM leaves its own current, and what training queues there has no order with DDP's hooks.
+            torch.cuda.set_stream(stream)
         _restore(environment)
         if not heap_was_frozen:
             gc.unfreeze()

@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,13 +69,22 @@ def place_engine(config: Config, layout: Layout, groups: Groups, meeting: Meetin
         meeting.wait("start of the engines")
         return engine
     return build_engine(
-        config.rollout,
+        config.rollout if not HAS_CUDA else replace(config.rollout, engine_args=_not_read(config.rollout)),
         model_path=config.model.hf_path,
         dtype=config.model.params_dtype.value,
         max_model_len=_longest(config),
         seed=config.seed,
         batch_invariant=config.model.batch_invariant_mode,
     )
+
+
+def _not_read(config: RolloutConfig) -> dict[str, Any]:
+    """vLLM's arguments of an engine in the ranks, whose weights the first sync brings.
+
+    Without them hundreds of ranks do not read a checkpoint twice, and formats that vLLM's own loader does not take
+    start too.
+    """
+    return {"load_format": "dummy"} | config.engine_args
 
 
 def keep_engine(config: Config, number: int, folder: Path, *, reached_from: str, first_slot: int) -> None:

@@ -93,6 +93,10 @@ class RLTrainer:
         self.kl = KLPenalty(config.algorithm.kl, self.training.reference, self.training.state)
         self.learned_reward = LearnedReward(config, groups, tokenizer) if config.rewards.model.hf_path else None
         self.sampling = training_sampling(rollout.sampling)
+        offloads = rollout.offload_training
+        self._memory = [TrainingMemory(m.optimizer) for m in self.training.models.values()] if offloads else []
+        for memory in self._memory:  # an engine starts only where its memory is free
+            memory.free()
         meeting = self.training.meeting
         engine = place_engine(config, layout, groups, meeting)
         self.worker = RolloutWorker(engine, rewards, layout, groups, meeting, config=config.rewards)
@@ -106,8 +110,6 @@ class RLTrainer:
             pad_to_multiple=self.training.pad_to_multiple,
             meeting=meeting,
         )
-        offloads = rollout.offload_training
-        self._memory = [TrainingMemory(m.optimizer) for m in self.training.models.values()] if offloads else []
         self.training.after_rollback = self.sync_weights
         self.worker.bring_back = lambda: self._sync(self._sync.version)
 

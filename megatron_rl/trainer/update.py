@@ -74,7 +74,7 @@ class Updates:
         optimizer.zero_grad()
         with model.routing.replaying():
             metrics = forward_backward(model, batch.micro_batches, objective, temperature=temperature, extras=extras)
-        bad_losses = metrics.pop(NON_FINITE_LOSSES).value if metrics else 0.0
+        bad_losses = metrics.pop(NON_FINITE_LOSSES).result() if metrics else 0.0
         (bad_losses,) = reduce_counts([bad_losses], self._groups.world)
         accepts = partial(self._accepts, metrics) if guarded and self._config.guards else None
         update = optimizer.step(loss_is_finite=not bad_losses, accepts=accepts)

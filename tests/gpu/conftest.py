@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rl.models.capabilities import has_transformer_engine
 from tests.checkpoints import make_checkpoint
 
 HERE = Path(__file__).parent
@@ -28,7 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def needs(module: str) -> pytest.MarkDecorator:
     """Skip, with the name, where a package is absent."""
-    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"needs {module}")
+    found = has_transformer_engine() if module == "transformer_engine" else importlib.util.find_spec(module)
+    return pytest.mark.skipif(not found, reason=f"needs {module}")
 
 
 @pytest.fixture(scope="session")

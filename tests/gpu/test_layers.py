@@ -44,13 +44,13 @@ def test_portable_layers_in_bfloat16(checkpoint: Path, groups: Any, expected: to
     assert mean_error(log_probs(build(checkpoint, groups, layer_spec=LayerSpec.portable)), expected) < BF16_MEAN
 
 
-@needs("transformer_engine_torch")
+@needs("transformer_engine")
 def test_transformer_engines_layers_in_bfloat16(checkpoint: Path, groups: Any, expected: torch.Tensor) -> None:
     policy = build(checkpoint, groups, layer_spec=LayerSpec.transformer_engine)
     assert mean_error(log_probs(policy), expected) < BF16_MEAN
 
 
-@needs("transformer_engine_torch")
+@needs("transformer_engine")
 @pytest.mark.parametrize("recipe", [Fp8Recipe.delayed, Fp8Recipe.tensorwise, Fp8Recipe.blockwise])
 def test_fp8_layers(recipe: Fp8Recipe, checkpoint: Path, groups: Any, expected: torch.Tensor) -> None:
     policy = build(checkpoint, groups, fp8=Fp8Format.e4m3, fp8_recipe=recipe)
@@ -58,7 +58,7 @@ def test_fp8_layers(recipe: Fp8Recipe, checkpoint: Path, groups: Any, expected: 
     assert BF16_MEAN < error < FP8_MEAN
 
 
-@needs("transformer_engine_torch")
+@needs("transformer_engine")
 def test_fp8_parameters_are_loaded_and_exported(checkpoint: Path, groups: Any, expected: torch.Tensor) -> None:
     from megatron.core.fp8_utils import is_float8tensor
     from safetensors.torch import load_file

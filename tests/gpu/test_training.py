@@ -28,7 +28,7 @@ def test_float32_on_the_device_is_float32_on_the_host(checkpoint: Path, groups: 
         (LayerSpec.portable, AdamImplementation.torch),
         pytest.param(LayerSpec.portable, AdamImplementation.apex, marks=needs("apex")),
         pytest.param(
-            LayerSpec.transformer_engine, AdamImplementation.transformer_engine, marks=needs("transformer_engine_torch")
+            LayerSpec.transformer_engine, AdamImplementation.transformer_engine, marks=needs("transformer_engine")
         ),
     ],
 )
@@ -40,7 +40,7 @@ def test_bfloat16_follows_float32(
     assert found == pytest.approx(expected, rel=0.03, abs=0.02)
 
 
-@needs("transformer_engine_torch")
+@needs("transformer_engine")
 @pytest.mark.parametrize("fp8_param", [False, True])
 def test_fp8_learns(fp8_param: bool, checkpoint: Path, groups: Any, expected: list[float]) -> None:
     adam = AdamImplementation.transformer_engine

@@ -28,6 +28,8 @@ class ProcessGroupTransport:
     def __init__(self, group: ProcessGroup, *, timeout: timedelta, device: torch.device | None = None) -> None:
         self.group, self.timeout = group, timeout
         self._device = device or torch.device("cpu")
+        if self._device.type == "cuda":
+            _meet(group, self._device, timeout)
 
     def allocate(self, bucket: int, receiver: int, num_bytes: int) -> Tensor:
         """Memory on the group's device."""
@@ -127,11 +129,22 @@ def join(
         backend._set_sequence_number_for_group()
         group._set_default_backend(kind)
         group._register_backend(device, kind, backend)
-        group.barrier().wait(timeout)
+        _meet(group, device, timeout)
     except RuntimeError as error:
         limit = f"{timeout.total_seconds():g} s"
         raise TransferError(f"rank {rank}: not all {size} ranks have met within {limit}: {_line(error)}") from None
     return group
+
+
+def _meet(group: ProcessGroup, device: torch.device, timeout: timedelta) -> None:
+    """Wait for all ranks of the group; collective.
+
+    Not `barrier`, which guesses a device. And NCCL makes a group's communicator at its first use, with all ranks: if
+    that were a bucket's messages, a rank without any would leave the others waiting.
+    """
+    group.allreduce([torch.zeros(1, device=device)]).wait(timeout)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _line(error: BaseException) -> str:
