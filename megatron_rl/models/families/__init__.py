@@ -19,6 +19,7 @@ from megatron_rl.models.families import (
     qwen3,
     qwen3_moe,
 )
+from megatron_rl.models.model_config import resolved_config
 from megatron_rl.models.tensor_map import TensorMap
 
 
@@ -66,7 +67,23 @@ def family_of(hf: dict[str, Any]) -> Family:
         raise UserError(
             f"architecture '{architecture}' in config.json is not supported; allowed: {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[architecture]
+    return _Resolving(FAMILIES[architecture])
+
+
+class _Resolving:
+    """A family that is told what config.json means, not what it says; see `model_config`."""
+
+    def __init__(self, family: Family) -> None:
+        self._family, self.ARCHITECTURE = family, family.ARCHITECTURE
+
+    def transformer_fields(self, hf: dict[str, Any]) -> dict[str, Any]:
+        return self._family.transformer_fields(resolved_config(hf))
+
+    def gpt_fields(self, hf: dict[str, Any]) -> dict[str, Any]:
+        return self._family.gpt_fields(resolved_config(hf))
+
+    def tensor_maps(self, hf: dict[str, Any]) -> list[TensorMap]:
+        return self._family.tensor_maps(resolved_config(hf))
 
 
 def check_family(hf: dict[str, Any]) -> None:

@@ -8,11 +8,7 @@ from megatron_rl.models.families import decoder
 ARCHITECTURE = "NemotronForCausalLM"
 
 tensor_maps = partial(decoder.tensor_maps, feed_forward=decoder.plain_mlp, norm_bias=True)
-
-
-def gpt_fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of GPTModel; where config.json is silent, half of a head's channels turn."""
-    return decoder.gpt_fields({"partial_rotary_factor": 0.5, **hf})
+gpt_fields = decoder.gpt_fields
 
 
 def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
