@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from megatron_rl.cli.launch_local import launch
 from megatron_rl.cli.rank_environment import free_port, rank_of_this_machine, rank_variables, slurm_task, tell_exit_code
@@ -141,7 +140,7 @@ def check_data(config: Config, *, as_prompts: bool) -> dict[str, int]:
     for file in files:  # before importing transformers, which takes seconds that a typo in a line need not wait
         for _ in read_rows(file, config.data.format):
             pass
-    tokenizer, rows = _tokenizer(Path(config.model.hf_path)), {}
+    tokenizer, rows = load_tokenizer(config.model.hf_path), {}
     for file in files:
         if as_prompts:
             limit = config.data.max_prompt_tokens
@@ -151,19 +150,6 @@ def check_data(config: Config, *, as_prompts: bool) -> dict[str, int]:
         else:
             rows[file] = len(load_sft(file, config.data, tokenizer, max_tokens=longest_sequence(config)))
     return rows
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, where possible by a class that is imported in a fifth of AutoTokenizer's time."""
-    if not (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder)
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"model.hf_path: no readable tokenizer in '{folder}': {reason}") from error
 
 
 def _ranks(layout: Layout) -> str:
