@@ -149,10 +149,12 @@ def whiten(values: Tensor, mask: Tensor, moments: Moments, *, subtract_mean: boo
         epsilon: added to the standard deviation, >= 0.
 
     Returns:
-        float32, same shape; all 0 where all values are equal and the mean is subtracted.
+        float32, same shape. A spread of 0 is no scale: values that are all equal are centred alone, or left as they
+        are. So are values that differ by less than float32 can say of their mean, which is rounding.
     """
     centred = torch.where(mask != 0, values.detach(), moments.mean).double() - (moments.mean if subtract_mean else 0.0)
-    scaled = torch.where(centred == 0, 0.0, centred / (moments.std + epsilon))
+    has_spread = moments.std > torch.finfo(torch.float32).eps * abs(moments.mean)
+    scaled = centred / (moments.std + epsilon) if has_spread else centred
     return torch.where(mask != 0, scaled, 0.0).float()
 
 

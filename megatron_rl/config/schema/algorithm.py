@@ -181,6 +181,8 @@ class DynamicSamplingConfig:
 
     max_rounds: int = 1
     """Generations of a step at most; 1: no refilling. After the last round the batch is filled with the rest."""
+    reward: str | None = None
+    """The reward in which completions must differ; null: evaluation.correct_reward, or the first of the rewards."""
 
 
 @dataclass

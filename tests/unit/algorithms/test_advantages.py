@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.algorithms.advantages import group_relative_advantages
+from megatron_rl.algorithms.advantages import group_relative_advantages, whiten
+from megatron_rl.algorithms.metrics import Moments
 
 EIGHT_REWARDS = [0.9, 0.8, 0.7, 0.6, 0.3, 0.2, 0.5, 0.4]
 
@@ -91,3 +92,15 @@ def test_a_reward_that_is_not_finite_is_named():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"rewards \(2,\) and group_ids \(3,\) must both be \[N\]"):
         advantages([0.0, 1.0], [0, 0, 0])
+
+
+@pytest.mark.parametrize("subtract_mean", [True, False])
+@pytest.mark.parametrize("value", [1.0, 0.1, -1.0, 1e-8, 1e8, 0.0])
+@pytest.mark.parametrize("count", [1, 3, 7, 8])
+def test_a_spread_of_zero_is_no_scale(value: float, count: int, subtract_mean: bool) -> None:
+    values = torch.full((count,), value)
+    ones = torch.ones(count)
+    parts = [Moments.of(values[i : i + 2], ones[i : i + 2]) for i in range(0, count, 2)]
+    got = whiten(values, ones, sum(parts, Moments()), subtract_mean=subtract_mean, epsilon=1e-6)
+    expected = torch.zeros(count) if subtract_mean else values
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-7 * abs(value))  # an eps of float32
