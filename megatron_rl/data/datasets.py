@@ -12,6 +12,7 @@ Nothing is kept between draws: a run's place in its data is one integer, the num
 a resumed run continues with exactly the rows that an uninterrupted one would have drawn, also with another batch size.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -121,6 +122,8 @@ def _response_mask(num_prompt_tokens: int, num_response_tokens: int) -> "np.ndar
 def _answer(value: Any, key: str, source: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{source}: {key!r} is {value}, no reference; a row without one leaves the key out")
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise DataError(f"{source}: {key!r} must be a string or a number, this is {type(value).__name__}")
