@@ -82,6 +82,23 @@ def resolve_rewards(config: RewardsConfig) -> list[BoundReward]:
     return bound
 
 
+def check_references(prompts: Sequence[Prompt], rewards: Sequence[BoundReward]) -> None:
+    """Raise RewardError, which names the row, for the first reference that a built-in reward cannot grade against.
+
+    Functions of the user's own are not called: they may take long, or do more than look.
+    """
+    for reward in rewards:
+        if reward.is_users:
+            continue
+        for prompt in prompts:
+            try:
+                reward.call(
+                    prompt=prompt.text, completion="", answer=prompt.answer, row=prompt.row, finish_reason="stop"
+                )
+            except ValueError as error:
+                raise RewardError(f"{prompt.source}: reward {reward.name!r}: {error}") from error
+
+
 SHOWN_CHARACTERS = 80
 """Of a completion, in an error message."""
 
@@ -147,6 +164,8 @@ def _called(reward: BoundReward, sample: dict[str, Any]) -> Outcome:
     except Exception as error:  # noqa: BLE001 - whatever a user's function raises
         return Outcome(raised=cause(error), error=error)
     # float first: isinstance of an abstract class is slow, and this runs for every sample
+    if not isinstance(value, float | Real) and getattr(value, "ndim", None) == 0:  # of numpy or torch
+        value = value.item()
     if isinstance(value, float | Real):
         try:
             return Outcome(value=float(value))

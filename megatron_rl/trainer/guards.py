@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_rl.algorithms.diagnostics import ConvergenceMonitor
 from megatron_rl.config.errors import UserError
+from megatron_rl.config.functions import nearest
 from megatron_rl.config.schema import ConvergenceConfig, GuardAction, GuardConfig
 from megatron_rl.runs.record import RunState
 
@@ -50,6 +51,14 @@ def tripped(
     for guard in guards:
         if guard.above_deviations is not None and guard.metric in metrics:
             past[guard.metric] = [*past.get(guard.metric, []), float(metrics[guard.metric])][-guard.window :]
+    return None
+
+
+def unknown_metrics(guards: Sequence[GuardConfig], metrics: Mapping[str, float]) -> str | None:
+    """A line about the first guard whose metric no update has; None: each watches something."""
+    for number, guard in enumerate(guards):
+        if guard.metric not in metrics:
+            return f"guards[{number}].metric: no update has {guard.metric!r}{nearest(guard.metric, sorted(metrics))}"
     return None
 
 

@@ -20,7 +20,7 @@ from megatron_rl.objectives.minibatch import MiniBatch
 from megatron_rl.parallel.groups import Groups, reduce_counts, reduce_metrics
 from megatron_rl.runs.progress import say
 from megatron_rl.runs.record import RunState
-from megatron_rl.trainer.guards import GuardStop, RollBack, tripped
+from megatron_rl.trainer.guards import GuardStop, RollBack, tripped, unknown_metrics
 
 
 class NonFiniteError(RuntimeError):
@@ -37,6 +37,8 @@ class Updates:
         state: of the run; its record of what the guards have seen grows.
         """
         self._config, self._groups, self._state = config, groups, state
+        self._named = False
+        """Whether the metrics that guards name have been looked for."""
         self.flops = 0
         """Of the updates since it was last set to 0, on all ranks."""
 
@@ -91,7 +93,12 @@ class Updates:
     def _accepts(self, metrics: dict[str, Metric], grad_norm: float) -> bool:
         """Whether the guards let an update pass; collective."""
         reported = reduce_metrics(metrics if self._groups.reports else {}, self._groups.world)
-        trip = tripped(self._config.guards, reported | {"optim/grad_norm": grad_norm}, self._state.past)
+        metrics_of_guards = reported | {"optim/grad_norm": grad_norm}
+        if not self._named and (line := unknown_metrics(self._config.guards, metrics_of_guards)):
+            self._named = True
+            raise GuardStop(line)
+        self._named = True
+        trip = tripped(self._config.guards, metrics_of_guards, self._state.past)
         if trip is None:
             return True
         action, reason = trip

@@ -92,7 +92,8 @@ class RolloutConfig:
     """Record the experts that the engine chose for each token, and send it there again in every pass over the policy.
     Needs model.moe_routing_replay, colocated engines with enforce_eager, and does without the cache of prefixes."""
     max_mismatch: float | None = None
-    """Stop the run when a step's mismatch/log_prob_abs_diff_mean, nats, is above this. null: never."""
+    """Stop the run when a step's mismatch/log_prob_abs_diff_mean, nats, is above this. null: the first step
+    alone, at 0.01 in float32, 0.2 in bfloat16, 0.5 with quantization."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine, by its own names."""
 
