@@ -14,7 +14,8 @@ An estimator is a function that names what it needs. One that names `loss_mask` 
 one packed row, [T], and returns advantages [T], or advantages and the returns that a critic is fitted to; any other
 works on the completions of the whole step, [N], and returns [N].
 
-    of completions   rewards [N], group_ids [N], baseline (a `RunningBaseline` of the steps before)
+    of completions   rewards [N], group_ids [N], lengths [N] in tokens, baseline (a `RunningBaseline` of the steps
+                     before)
     of tokens        rewards [T], values [T] of the critic, loss_mask [T], cu_seqlens [S + 1]
 
 One that names `values` gets a critic.
@@ -33,6 +34,7 @@ from megatron_rl.algorithms.advantages import (
     generalized_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
+    length_weighted_advantages,
     whiten,
 )
 from megatron_rl.algorithms.aggregation import sequence_means, sequence_sums
@@ -44,7 +46,7 @@ from megatron_rl.data.packing import PackedRow
 from megatron_rl.data.samples import Sample
 from megatron_rl.objectives.minibatch import spread
 
-OF_COMPLETIONS = ("rewards", "group_ids", "baseline")
+OF_COMPLETIONS = ("rewards", "group_ids", "lengths", "baseline")
 OF_TOKENS = ("rewards", "values", "loss_mask", "cu_seqlens")
 KEY = "algorithm.advantage"
 
@@ -68,6 +70,7 @@ def td0(
 
 ESTIMATORS: dict[str, Function] = {
     "group_relative": group_relative_advantages,
+    "length_weighted": length_weighted_advantages,
     "leave_one_out": leave_one_out_advantages,
     "reward": reward_itself,
     "running_baseline": against_running_baseline,
@@ -77,6 +80,9 @@ ESTIMATORS: dict[str, Function] = {
 }
 
 
+_SETTINGS = ("normalize_by_std", "std_epsilon", "std_correction", "gamma", "lam")
+
+
 def resolve_estimator(config: AdvantageConfig) -> Bound:
     """The configured estimator with its settings.
 
@@ -84,7 +90,7 @@ def resolve_estimator(config: AdvantageConfig) -> Bound:
         UserError: an unknown name, a function that cannot be had, arguments that do not fit.
     """
     function = find_function(config.estimator, ESTIMATORS, key=f"{KEY}.estimator", what="advantage estimator")
-    settings = {name: getattr(config, name) for name in ("normalize_by_std", "std_epsilon", "gamma", "lam")}
+    settings = {name: getattr(config, name) for name in _SETTINGS}
     offered = dict.fromkeys((*OF_COMPLETIONS, *OF_TOKENS))
     return bind(config.estimator, function, key=KEY, offered=tuple(offered), args=config.args, settings=settings)
 
@@ -134,9 +140,9 @@ def add_advantages(
         if any(TOKEN_REWARDS in row.per_token for row in rows):
             whole = rewards + gathered_sums(rows, TOKEN_REWARDS, len(samples), dp)
         group_ids = torch.tensor([sample.prompt.prompt_id for sample in samples])
-        advantages = estimator(
-            rewards=whole, group_ids=group_ids, baseline=baseline, values=None, loss_mask=None, cu_seqlens=None
-        )
+        lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples])
+        unused = dict.fromkeys(("values", "loss_mask", "cu_seqlens"))
+        advantages = estimator(rewards=whole, group_ids=group_ids, lengths=lengths, baseline=baseline, **unused)
         for row in rows:
             row.per_token["advantages"] = spread(row, advantages.tolist())
             if "values" in row.per_token:  # of a critic that this estimator has no use for
@@ -151,7 +157,13 @@ def _estimate_tokens(row: PackedRow, rewards: Tensor, estimator: Bound, gamma: f
     of_tokens = _token_rewards(row, rewards)
     values = row.per_token.get("values")
     found = estimator(
-        rewards=of_tokens, values=values, loss_mask=mask, cu_seqlens=cu_seqlens, group_ids=None, baseline=None
+        rewards=of_tokens,
+        values=values,
+        loss_mask=mask,
+        cu_seqlens=cu_seqlens,
+        group_ids=None,
+        lengths=None,
+        baseline=None,
     )
     advantages, returns = found if isinstance(found, tuple) else (found, None)
     row.per_token["advantages"] = torch.where(mask > 0, advantages, 0.0)
