@@ -64,15 +64,16 @@ class Groups:
 
 
 def group_relative_advantages(
-    rewards: Tensor, group_ids: Tensor, *, normalize_by_std: bool, std_epsilon: float
+    rewards: Tensor, group_ids: Tensor, *, normalize_by_std: bool, std_epsilon: float, std_correction: int = 1
 ) -> Tensor:
     """Advantage of each completion over the mean of its group.
 
         A_i = r_i - mean_g                       (Dr.GRPO)
         A_i = (r_i - mean_g) / (std_g + eps)     (GRPO, normalize_by_std)
 
-    where std_g is the population's: sqrt(mean((r_j - mean_g)^2)) over the group. A group of one, and a group of equal
-    rewards, has advantage exactly 0.
+    where std_g = sqrt(sum((r_j - mean_g)^2) / (K - std_correction)) over a group of K: with 1 Bessel's, which verl, TRL
+    and OpenRLHF compute (torch.std), with 0 the population's. A group of one, and a group of equal rewards, has
+    advantage exactly 0.
 
     Source: GRPO, arXiv:2402.03300, section 4.1.2; without the division: Dr.GRPO, arXiv:2503.20783, section 3.2.
 
@@ -81,6 +82,7 @@ def group_relative_advantages(
         group_ids: [N] int64. Completions of equal id form a group.
         normalize_by_std: divide by the group's standard deviation.
         std_epsilon: added to the standard deviation, >= 0, in units of reward.
+        std_correction: 0 or 1.
 
     Returns:
         [N] float32.
@@ -92,7 +94,8 @@ def group_relative_advantages(
     values = rewards.detach().double()
     deviations = values - groups.means(values)
     if normalize_by_std:
-        std = groups.means(deviations.square()).sqrt()
+        size = groups.sizes[groups.index]
+        std = (groups.means(deviations.square()) * size / (size - std_correction).clamp(min=1)).sqrt()
         deviations = torch.where(deviations == 0, 0.0, deviations / (std + std_epsilon))
     return deviations.float()
 
@@ -113,6 +116,29 @@ def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
     values = rewards.detach().double()
     size = groups.sizes[groups.index]
     return ((values - groups.means(values)) * size / (size - 1).clamp(min=1)).float()
+
+
+def length_weighted_advantages(rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Advantage of each completion over the mean reward of its group, weighed by length (OPO).
+
+        A_i = r_i - sum_j l_j r_j / sum_j l_j
+
+    The baseline of least variance, where the squared norm of a completion's score grows with its length.
+
+    Source: OPO, arXiv:2505.23585, section 3.2.
+
+    Args:
+        rewards: [N] float32, one per completion, finite.
+        group_ids: [N] int64. Completions of equal id form a group.
+        lengths: [N], trained tokens of each completion, > 0.
+
+    Returns, Raises:
+        As `group_relative_advantages`.
+    """
+    groups = Groups.of(rewards, group_ids)
+    values, weights = rewards.detach().double(), lengths.double()
+    deviations = values - groups.means(values)  # from the mean first: equal rewards then give exactly 0
+    return (deviations - groups.means(deviations * weights) / groups.means(weights)).float()
 
 
 def informative(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -145,10 +171,12 @@ def whiten(values: Tensor, mask: Tensor, moments: Moments, *, subtract_mean: boo
         epsilon: added to the standard deviation, >= 0.
 
     Returns:
-        float32, same shape; all 0 where all values are equal and the mean is subtracted.
+        float32, same shape. A spread of 0 is no scale: values that are all equal are centred alone, or left as they
+        are. So are values that differ by less than float32 can say of their mean, which is rounding.
     """
     centred = torch.where(mask != 0, values.detach(), moments.mean).double() - (moments.mean if subtract_mean else 0.0)
-    scaled = torch.where(centred == 0, 0.0, centred / (moments.std + epsilon))
+    has_spread = moments.std > torch.finfo(torch.float32).eps * abs(moments.mean)
+    scaled = centred / (moments.std + epsilon) if has_spread else centred
     return torch.where(mask != 0, scaled, 0.0).float()
 
 

@@ -45,6 +45,7 @@ from megatron_rl.device import HAS_CUDA
 from megatron_rl.engine.optimizer import Optimizer
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.reference import ReferenceWeights
+from megatron_rl.models.model_config import resolved_config
 
 _RNG_KEY = "rng_state"
 
@@ -102,6 +103,7 @@ def to_save(models: Models, run_state: dict[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = {
         "rng_state": random_state_to_save(),
         "layout": _layout(models),
+        "models": {name: _described(trained.model) for name, trained in models.items()},
         "run_state": run_state,
         "schedulers": {name: trained.optimizer.scheduler.state_dict() for name, trained in models.items()},
     }
@@ -129,6 +131,14 @@ def load(checkpoints: Path, step: int, models: Models) -> dict[str, Any]:
     saved = sorted(common["schedulers"])
     if saved != sorted(models):
         raise CheckpointError(f"{folder} holds the state of {', '.join(saved)}; this run trains {', '.join(models)}")
+    for name, before in common.get("models", {}).items():
+        now = _described(models[name].model)
+        for field in before.keys() & now.keys():
+            if before[field] != now[field]:
+                raise CheckpointError(
+                    f"{folder}: {field} of the {name} is {before[field]}, this run's is {now[field]}; "
+                    "allowed: the same model, or another name for the run"
+                )
     same_layout = layout == _layout(models)
     template: dict[str, Any] = {
         "rng_state": random_state_to_load(saved_world_size=layout["world"], same_layout=same_layout)
@@ -150,6 +160,19 @@ def load(checkpoints: Path, step: int, models: Models) -> dict[str, Any]:
     restore_random_state(state["rng_state"], same_layout=same_layout)
     run_state: dict[str, Any] = state["run_state"]
     return run_state
+
+
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "moe_intermediate_size", "num_experts_per_tok"),
+)
+
+
+def _described(model: Policy) -> dict[str, Any]:
+    """What two models must share for one to take up the other's state."""
+    hf = resolved_config(model.hf)
+    sizes = {name: hf[name] for name in _SIZES if hf.get(name) is not None}
+    return {"architecture": hf["architectures"][0], **sizes, "params_dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def _named(name: str, state: dict[str, Any]) -> dict[str, Any]:

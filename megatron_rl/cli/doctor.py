@@ -137,7 +137,6 @@ _CALLS = (
     Call("vllm:LLMEngine.step", ()),
     Call("vllm:LLMEngine.has_unfinished_requests", ()),
     Call("vllm:LLMEngine.reset_prefix_cache", ()),
-    Call("vllm:LLMEngine.get_tokenizer", ()),
     Call("vllm:LLMEngine.collective_rpc", ("method", "args")),
     Call("vllm.v1.executor:Executor.get_class", ("vllm_config",)),
     Call("vllm.v1.executor.uniproc_executor:ExecutorWithExternalLauncher._distributed_args", ()),

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.cli.train import check_data
+from megatron_rl.cli.train import check_run
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, Recipe
 from megatron_rl.config.validate import validate
 from megatron_rl.placement.tasks import TaskPlan, check_nodes, task_plan
-from megatron_rl.rewards.scoring import resolve_rewards
 from megatron_rl.runs.directory import RunDirectory
 
 
@@ -45,10 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     plan = task_plan(config, nodes * per_node, generates=config.recipe is Recipe.rl)
     validate(config, world_size=plan.num_ranks)
     check_nodes(plan, [per_node] * nodes)
-    resolve_rewards(config.rewards)
     if not Path(config.slurm.script).is_file():
         raise UserError(f"slurm.script: given '{config.slurm.script}', allowed: an existing file")
-    check_data(config, as_prompts=config.recipe is Recipe.rl)
+    check_run(config, generates=config.recipe is Recipe.rl)
     command = sbatch_command(config, [str(arguments.config), *arguments.overrides])
     if arguments.dry_run:
         print(shlex.join(command))

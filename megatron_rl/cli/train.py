@@ -15,7 +15,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,14 +30,15 @@ from megatron_rl.config.validate import validate
 from megatron_rl.config.world import longest_sequence
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.datasets import load_prompts, load_sft
-from megatron_rl.data.files import read_rows
+from megatron_rl.data.files import DataError, read_rows
 from megatron_rl.data.preferences import load_preferences
 from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.choices import asks_for_hardware, check_engines, choose
 from megatron_rl.models.families import check_family, family_of
+from megatron_rl.objectives.choices import resolve_choices
 from megatron_rl.placement.layout import Layout, layout_of
 from megatron_rl.rewards.references import check_references
-from megatron_rl.rewards.scoring import resolve_rewards
+from megatron_rl.rewards.scoring import BoundReward
 from megatron_rl.rollout.hosting import FOLDER_VARIABLE, end_hosts
 from megatron_rl.runs.directory import RunDirectory
 from megatron_rl.weights.files.hf_checkpoint import HFCheckpointFiles
@@ -124,10 +125,8 @@ def start(arguments: argparse.Namespace, import_work: Callable[[], Work], *, com
     job = slurm_task(config, os.environ, generates=generates)
     world_size = job.plan.num_ranks if job else int(variables["WORLD_SIZE"]) if variables else None
     validate(config, world_size=world_size, evaluates=evaluates)
-    check_model_files(Path(config.model.hf_path), weights=config.model.load_weights)
-    resolve_rewards(config.rewards)
     layout = layout_of(config, world_size)
-    rows = {} if arguments.data_checked else check_data(config, as_prompts=generates)
+    rows = check_run(config, generates=generates, with_data=not arguments.data_checked)
     if arguments.dry_run:
         print(_summary(config, layout, rows))
         return 0
@@ -165,6 +164,25 @@ def _leave_before_the_first_step(number: int, frame: FrameType | None) -> None:
     os._exit(tell_exit_code(EXIT_RESUME))
 
 
+def check_run(config: Config, *, generates: bool, with_data: bool = True) -> dict[str, int]:
+    """Find and check all that a run will use: model files, functions that are named, and the data.
+
+    Args:
+        config: validated.
+        generates: whether the data are prompts to complete.
+        with_data: False leaves out the data, which another process has checked.
+
+    Returns:
+        The number of rows of each file.
+
+    Raises:
+        UserError: the first thing that cannot be used.
+    """
+    check_model_files(Path(config.model.hf_path), weights=config.model.load_weights)
+    rewards = resolve_choices(config)
+    return check_data(config, rewards, as_prompts=generates) if with_data else {}
+
+
 def check_model_files(folder: Path, *, weights: bool) -> None:
     """Check config.json, and the headers of the weights, in the words of the model's family.
 
@@ -177,11 +195,12 @@ def check_model_files(folder: Path, *, weights: bool) -> None:
         HFCheckpointFiles(folder).check(family_of(hf).tensor_maps(hf))
 
 
-def check_data(config: Config, *, as_prompts: bool) -> dict[str, int]:
+def check_data(config: Config, rewards: Sequence[BoundReward], *, as_prompts: bool) -> dict[str, int]:
     """Read and tokenise all data as the run will; return the number of rows of each file.
 
     Args:
         config: validated.
+        rewards: that are to grade completions of the prompts.
         as_prompts: whether the rows are prompts to complete, or prompts with responses to learn.
 
     Raises:
@@ -191,32 +210,33 @@ def check_data(config: Config, *, as_prompts: bool) -> dict[str, int]:
     for file in files:  # before importing transformers, which takes seconds that a typo in a line need not wait
         for _ in read_rows(file, config.data.format):
             pass
-    tokenizer, rows = _tokenizer(Path(config.model.hf_path)), {}
-    rewards = resolve_rewards(config.rewards)
+    vocab_size = int(read_json_object(Path(config.model.hf_path) / "config.json", "model.hf_path")["vocab_size"])
+    tokenizer, rows = load_tokenizer(config.model.hf_path), {}
     for file in files:
         if as_prompts:
-            limit = config.data.max_prompt_tokens
-            prompts = load_prompts(file, config.data, tokenizer, max_prompt_tokens=limit)
+            prompts = load_prompts(file, config.data, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
             check_references(prompts, rewards, tolerated=config.rewards.unreadable_references)
-            rows[file] = len(prompts)
+            ids = [prompt.token_ids for prompt in prompts]
         elif config.recipe in (Recipe.preference, Recipe.reward_model):
-            rows[file] = len(load_preferences(file, config.data, tokenizer, max_tokens=longest_sequence(config)))
+            examples = load_preferences(file, config.data, tokenizer, max_tokens=longest_sequence(config))
+            ids = [one.prompt_ids + one.completion_ids for example in examples for one in example]
         else:
-            rows[file] = len(load_sft(file, config.data, tokenizer, max_tokens=longest_sequence(config)))
+            sequences = load_sft(file, config.data, tokenizer, max_tokens=longest_sequence(config))
+            ids = [tuple(sequence.token_ids.tolist()) for sequence in sequences]
+        check_token_ids(file, ids, vocab_size)
+        per_row = 1 if as_prompts or config.recipe is Recipe.sft else len(examples[0])
+        rows[file] = len(ids) // per_row
     return rows
 
 
-def _tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, where possible by a class that is imported in a fifth of AutoTokenizer's time."""
-    if not (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder)
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"model.hf_path: no readable tokenizer in '{folder}': {reason}") from error
+def check_token_ids(file: str, rows: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raise DataError for the first sequence of a file with a token that the model has no row for."""
+    for number, ids in enumerate(rows, start=1):
+        if max(ids) >= vocab_size:
+            raise DataError(
+                f"{file}: sequence {number} has token id {max(ids)}, vocab_size in config.json is {vocab_size}: "
+                "the tokenizer has more tokens than the model has rows"
+            )
 
 
 def _ranks(layout: Layout) -> str:

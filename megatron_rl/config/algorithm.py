@@ -16,7 +16,7 @@ from megatron_rl.config.schema import (
 )
 
 _OF_SEQUENCES = ("ppo_trajectory", "gspo", "gspo_token")
-_OF_GROUPS = ("group_relative", "leave_one_out")
+_OF_GROUPS = ("group_relative", "leave_one_out", "length_weighted")
 _HEADS = {
     RewardModelKind.outcome: "ForSequenceClassification",
     RewardModelKind.process: "ForTokenClassification",

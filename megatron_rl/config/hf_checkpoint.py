@@ -30,6 +30,8 @@ NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """What config.json calls the number of routed experts: Qwen3-MoE, Mixtral and GPT-OSS, DeepSeek."""
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_OTHER_FILES = ("._", "adapter_", "consolidated.", "consolidated-")
+"""Beginnings of safetensors files that hold no weights of the model, or the same ones again."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -64,7 +66,8 @@ def read_model_shape(folder: Path, key: str = "model.hf_path") -> ModelShape:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ConfigError(f"{key}: architectures in {folder / 'config.json'} must name one; given {architectures}")
-    config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = config.get("num_attention_heads")
     sizes = {}
     for name in list(ModelShape.__dataclass_fields__)[1:-2]:
         size = config.get(name)
@@ -85,18 +88,45 @@ def check_tokenizer(folder: Path, key: str = "model.hf_path") -> None:
 
 def check_weights(folder: Path, key: str = "model.hf_path") -> None:
     """Raise ConfigError unless the folder's safetensors files are all there and complete."""
-    index = folder / _INDEX
-    if index.is_file():
-        tensors_of = _read_index(index, key)
-    else:
-        tensors_of = {file.name: set[str]() for file in sorted(folder.glob("*.safetensors"))}
+    tensors_of = files_of_weights(folder, key)
     if not tensors_of:
         pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
         found = f"only pickled weights such as {pickles[0]}, never read," if pickles else "no weights"
         raise ConfigError(f"{key}: {found} in '{folder}'; needed: *.safetensors, or model.load_weights=false")
+    file_of: dict[str, str] = {}
     for name, expected in tensors_of.items():
-        if missing := sorted(expected - _complete_tensors(folder / name, key)):
+        held = _complete_tensors(folder / name, key)
+        if missing := sorted(expected - held):
             raise ConfigError(f"{key}: {folder / name}: tensor '{missing[0]}' is missing, which {_INDEX} promises")
+        if twice := sorted(held & file_of.keys()):
+            raise ConfigError(
+                f"{key}: tensor '{twice[0]}' is in {folder / file_of[twice[0]]} and in {folder / name}; "
+                "allowed: one file for each tensor"
+            )
+        file_of |= dict.fromkeys(held, name)
+
+
+def files_of_weights(folder: Path, key: str = "model.hf_path") -> dict[str, set[str]]:
+    """The files that hold a folder's weights, by name, each with the tensors that an index promises in it.
+
+    With an index they are its files; without, all of *.safetensors. Left out by name are adapters, what macOS puts
+    beside a file, and the consolidated copy of Mistral's releases, as transformers and vLLM leave them out.
+
+    Raises:
+        ConfigError: a malformed index; model.safetensors beside an index that does not name it: transformers reads
+            the one, vLLM the other.
+    """
+    index = folder / _INDEX
+    found = sorted(file.name for file in folder.glob("*.safetensors") if not file.name.startswith(_OTHER_FILES))
+    if not index.is_file():
+        return {name: set() for name in found}
+    tensors_of = _read_index(index, key)
+    if "model.safetensors" in found and "model.safetensors" not in tensors_of:
+        raise ConfigError(
+            f"{key}: given '{folder}' with both model.safetensors and {_INDEX}, which names other files; "
+            "allowed: one of them"
+        )
+    return tensors_of
 
 
 def _read_index(index: Path, key: str) -> dict[str, set[str]]:

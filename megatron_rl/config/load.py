@@ -50,8 +50,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path | str) -> None:
     """Write the resolved configuration as YAML that `load_config` reads back to an equal `Config`."""
-    text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(plain_values(config), sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
+
+
+def plain_values(config: Config) -> dict[str, Any]:
+    """The configuration as YAML holds it."""
+    values: dict[str, Any] = _plain(dataclasses.asdict(config))
+    return values
 
 
 def _layers(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -52,6 +52,7 @@ RANGES = {
     "sync.delta": "[0, 1]",
     "sync.timeout_seconds": "(0, inf)",
     "sync.verify_tolerance": "(0, inf)",
+    "algorithm.advantage.std_correction": "[0, 1]",
     "algorithm.advantage.std_epsilon": "(0, inf)",
     "algorithm.policy_loss.clip_low": "[0, 1]",
     "algorithm.policy_loss.clip_high": "[0, inf)",

@@ -126,15 +126,49 @@ def _apply_template(messages: list[Message], source: str, tokenizer: "PreTrained
     return text
 
 
-def load_tokenizer(hf_path: str | Path) -> Any:
+def load_tokenizer(hf_path: str | Path, key: str = "model.hf_path") -> Any:
     """transformers' tokenizer of a folder; code from the folder is never run.
 
-    Raises:
-        UserError: the folder holds no tokenizer that can be read.
-    """
-    from transformers import AutoTokenizer
+    Token ids are those of tokenizer.json, where there is one. The class that tokenizer_config.json names may put a
+    pre-tokenizer of its own in the place of the file's, so no class is asked for; a probe text is compared.
 
+    Args:
+        key: of the configuration, for errors.
+
+    Raises:
+        UserError: no tokenizer that can be read; transformers reads it otherwise than tokenizer.json says.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    file = Path(hf_path) / "tokenizer.json"
     try:
-        return AutoTokenizer.from_pretrained(hf_path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.hf_path: no readable tokenizer in {hf_path}: {str(error).splitlines()[0]}") from error
+        if not file.is_file():
+            return AutoTokenizer.from_pretrained(hf_path, trust_remote_code=False)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(hf_path, local_files_only=True)
+        reason = _differs(tokenizer, file)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{key}: no readable tokenizer in {hf_path}: {first}") from error
+    if reason is not None:
+        raise UserError(f"{key}: {file} and tokenizer_config.json beside it say different things: {reason}")
+    return tokenizer
+
+
+_PROBE = "hello world  a b\n\tdef f(x): 1234567.89 \u00e9\u00fc \u4e2d\u6587 \U0001f600 \u2212 <|im_start|>"
+"""Spaces, digits, accents, scripts without spaces, an emoji, and what may be a special token."""
+
+
+def _differs(tokenizer: Any, file: Path) -> str | None:
+    """Where a tokenizer departs from a tokenizer.json; None: nowhere in the probe."""
+    from tokenizers import Tokenizer
+
+    theirs = Tokenizer.from_file(str(file))
+    specials = [token.content for token in theirs.get_added_tokens_decoder().values()][:64]
+    for text in (_PROBE, *_PROBE.split(" "), *specials):
+        ours, right = (
+            tokenizer(text, add_special_tokens=False)["input_ids"],
+            theirs.encode(text, add_special_tokens=False),
+        )
+        if ours != right.ids:
+            return f"{text!r} becomes {ours} and {right.ids}"
+    return None

@@ -11,6 +11,7 @@ in its data, and a resumed run continues with exactly the rows that an uninterru
 another batch size.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -120,6 +121,8 @@ def _response_mask(num_prompt_tokens: int, num_response_tokens: int) -> "np.ndar
 def _answer(value: Any, key: str, source: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{source}: {key!r} is {value}, no reference; a row without one leaves the key out")
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise DataError(f"{source}: {key!r} must be a string or a number, this is {type(value).__name__}")

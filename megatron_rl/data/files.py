@@ -6,6 +6,7 @@ Rows are read lazily; what a key must hold is checked where the key is used, in 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,23 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 raise DataError(f"{source}: not a line of JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{source}: a row must be a JSON object, this is a {type(row).__name__}")
+            if _HALF_PAIR.search(line):
+                _check_text(row, source)
             yield source, row
+
+
+_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+"""JSON writes characters beyond U+FFFF as two of these; one alone is no text."""
+
+
+def _check_text(row: Row, source: str) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(error.object[error.start]):04X}"
+        raise DataError(
+            f"{source}: {half} is half of a pair, as text that was cut leaves it; no tokenizer reads it"
+        ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:

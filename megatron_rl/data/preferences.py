@@ -147,7 +147,7 @@ def _with_steps(
         prompt_ids,
         joined if joined[-1:] == (eos,) else (*joined, eos),
         step_ends=tuple(int(end) for end in ends),
-        step_labels=tuple(_as_number(label, data.label_key, source) for label in labels),
+        step_labels=tuple(_as_probability(label, data.label_key, source) for label in labels),
     )
 
 
@@ -165,13 +165,30 @@ def _pair(row: Row, data: DataConfig, source: str) -> tuple[Any, str, str]:
             beginnings.append([])
             texts.append(_text(side, key, source))
     if data.prompt_key in row:
-        return row[data.prompt_key], texts[0], texts[1]
+        return _stated_prompt(row[data.prompt_key], beginnings, data, source), texts[0], texts[1]
     if not beginnings[0] or beginnings[0] != beginnings[1]:
         raise DataError(
             f"{source}: without {data.prompt_key!r}, {data.chosen_key!r} and {data.rejected_key!r} must be "
             "conversations that differ in their last message alone"
         )
     return beginnings[0], texts[0], texts[1]
+
+
+def _stated_prompt(prompt: Any, beginnings: Sequence[list[Any]], data: DataConfig, source: str) -> Any:
+    """The prompt of a row that states one: what both conversations begin with, where they have a beginning.
+
+    The prompt must then be that beginning, or, as text, a message of the user in it. Source: TRL, dataset formats,
+    implicit prompts of conversational preference data.
+    """
+    if beginnings == [[], []]:
+        return prompt
+    keys = f"{data.chosen_key!r} and {data.rejected_key!r}"
+    if beginnings[0] != beginnings[1]:
+        raise DataError(f"{source}: the conversations of {keys} differ before their last message")
+    asked = [message.get("content") for message in beginnings[0] if isinstance(message, dict)]
+    if prompt != beginnings[0] and prompt not in asked:
+        raise DataError(f"{source}: {data.prompt_key!r} is not what {keys} begin with; allowed: one of both, or equal")
+    return beginnings[0]
 
 
 def _completions(texts: Sequence[str], tokenizer: Any) -> list[tuple[int, ...]]:
@@ -201,6 +218,14 @@ def _as_number(value: Any, key: str, source: str) -> float:
     if not isinstance(value, bool | int | float) or not np.isfinite(value):
         raise DataError(f"{source}: {key!r} must be true, false or a finite number, this is {value!r}")
     return float(value)
+
+
+def _as_probability(value: Any, key: str, source: str) -> float:
+    """A step's label, the target of a cross-entropy."""
+    number = _as_number(value, key, source)
+    if not 0.0 <= number <= 1.0:
+        raise DataError(f"{source}: {key!r} of a step must be true, false or in [0, 1], this is {value!r}")
+    return number
 
 
 def _check_lengths(example: PreferenceExample, source: str, max_tokens: int) -> None:

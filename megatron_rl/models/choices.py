@@ -30,7 +30,7 @@ from megatron_rl.config.schema import (
     RolloutConfig,
 )
 from megatron_rl.models.capabilities import Capabilities
-from megatron_rl.models.rope_parameters import rope_parameters
+from megatron_rl.models.families.decoder import rope_parameters
 
 _FP8_NEEDS = {
     Fp8Recipe.delayed: ((8, 9), "Ada, Hopper or newer"),

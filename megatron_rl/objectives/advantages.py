@@ -9,7 +9,8 @@ An estimator is a function that names what it needs. One that names `loss_mask` 
 one micro-batch, [T], and returns advantages [T], or advantages and the returns that a critic is fitted to; any other
 works on the completions of the whole step, [N], and returns [N]. One that names `values` gets a critic.
 
-    of completions   rewards [N], group_ids [N], baseline (a `RunningBaseline` of the steps before)
+    of completions   rewards [N], group_ids [N], lengths [N] in tokens, baseline (a `RunningBaseline` of the steps
+                     before)
     of tokens        rewards [T], values [T] of the critic, loss_mask [T], cu_seqlens [S + 1]
 
 Each rank works on the micro-batches that it will train on. What must be known of all of them, sums of completions and
@@ -29,6 +30,7 @@ from megatron_rl.algorithms.advantages import (
     generalized_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
+    length_weighted_advantages,
     whiten,
 )
 from megatron_rl.algorithms.aggregation import sequence_means, sequence_sums
@@ -40,7 +42,7 @@ from megatron_rl.data.packing import MicroBatch
 from megatron_rl.data.samples import Sample
 from megatron_rl.objectives.minibatch import spread
 
-OF_COMPLETIONS = ("rewards", "group_ids", "baseline")
+OF_COMPLETIONS = ("rewards", "group_ids", "lengths", "baseline")
 OF_TOKENS = ("rewards", "values", "loss_mask", "cu_seqlens")
 KEY = "algorithm.advantage"
 
@@ -64,6 +66,7 @@ def td0(
 
 ESTIMATORS: dict[str, Function] = {
     "group_relative": group_relative_advantages,
+    "length_weighted": length_weighted_advantages,
     "leave_one_out": leave_one_out_advantages,
     "reward": reward_itself,
     "running_baseline": against_running_baseline,
@@ -73,6 +76,9 @@ ESTIMATORS: dict[str, Function] = {
 }
 
 
+_SETTINGS = ("normalize_by_std", "std_epsilon", "std_correction", "gamma", "lam")
+
+
 def resolve_estimator(config: AdvantageConfig) -> Bound:
     """The configured estimator with its settings.
 
@@ -80,7 +86,7 @@ def resolve_estimator(config: AdvantageConfig) -> Bound:
         UserError: an unknown name, a function that cannot be had, arguments that do not fit.
     """
     function = find_function(config.estimator, ESTIMATORS, key=f"{KEY}.estimator", what="advantage estimator")
-    settings = {name: getattr(config, name) for name in ("normalize_by_std", "std_epsilon", "gamma", "lam")}
+    settings = {name: getattr(config, name) for name in _SETTINGS}
     offered = dict.fromkeys((*OF_COMPLETIONS, *OF_TOKENS))
     return bind(config.estimator, function, key=KEY, offered=tuple(offered), args=config.args, settings=settings)
 
@@ -130,9 +136,9 @@ def add_advantages(
         if any(TOKEN_REWARDS in micro_batch.per_token for micro_batch in micro_batches):
             whole = rewards + gathered_sums(micro_batches, TOKEN_REWARDS, len(samples), dp)
         group_ids = torch.tensor([sample.prompt.prompt_id for sample in samples])
-        advantages = estimator(
-            rewards=whole, group_ids=group_ids, baseline=baseline, values=None, loss_mask=None, cu_seqlens=None
-        )
+        lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples])
+        unused = dict.fromkeys(("values", "loss_mask", "cu_seqlens"))
+        advantages = estimator(rewards=whole, group_ids=group_ids, lengths=lengths, baseline=baseline, **unused)
         for micro_batch in micro_batches:
             micro_batch.per_token["advantages"] = spread(micro_batch, advantages.tolist())
             if "values" in micro_batch.per_token:  # of a critic that this estimator has no use for
@@ -149,7 +155,13 @@ def _estimate_tokens(micro_batch: MicroBatch, rewards: Tensor, estimator: Bound,
     of_tokens = _token_rewards(micro_batch, rewards)
     values = micro_batch.per_token.get("values")
     found = estimator(
-        rewards=of_tokens, values=values, loss_mask=mask, cu_seqlens=cu_seqlens, group_ids=None, baseline=None
+        rewards=of_tokens,
+        values=values,
+        loss_mask=mask,
+        cu_seqlens=cu_seqlens,
+        group_ids=None,
+        lengths=None,
+        baseline=None,
     )
     advantages, returns = found if isinstance(found, tuple) else (found, None)
     micro_batch.per_token["advantages"] = torch.where(mask > 0, advantages, 0.0)

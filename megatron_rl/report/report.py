@@ -7,6 +7,7 @@ This file decides what is said; `metric_charts` draws, `page` writes the HTML.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +46,7 @@ def write_report(run_dir: Path | str) -> Path:
     config = OmegaConf.create(config_text)
     if not isinstance(config, DictConfig):
         raise ValueError(f"{run.config_file}: expected a mapping")
-    rows = merge_steps(read_metrics(run.metrics_file) if run.metrics_file.is_file() else [])
+    rows = merge_steps(_drawable(read_metrics(run.metrics_file)) if run.metrics_file.is_file() else [])
     page = Page(
         name=str(_get(config, "name") or run.path.resolve().name),
         facts=facts(config, rows) | written_at(run) | versions(run),
@@ -58,6 +59,17 @@ def write_report(run_dir: Path | str) -> Path:
     )
     write_atomically(run.report_file, page_html(page))
     return run.report_file
+
+
+_LARGEST = 1e300
+"""Beyond this the difference of two numbers may be no number."""
+
+
+def _drawable(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows with nan in the place of what no axis reaches."""
+    return [
+        {key: math.nan if isinstance(v, float) and abs(v) > _LARGEST else v for key, v in row.items()} for row in rows
+    ]
 
 
 def merge_steps(rows: Sequence[dict[str, float]]) -> Rows:

@@ -33,8 +33,23 @@ _NUMBER = re.compile(
         (?:/(?P<divisor>0*[1-9]\d*)(?![\d/]|[.,]\d))?""",
     re.VERBOSE | re.ASCII,
 )
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", re.ASCII)
-_MINUS = "\u2212"
+_PART = r"(?:\{{\s*(?P<{0}>[-+]?\s?(?:\d+(?:\.\d+)?|\.\d+))\s*\}}|(?P<{0}_digit>\d))"
+_LATEX_FRACTION = re.compile(
+    r"(?:(?<![\w.,])(?P<whole>\d+)\s?)?\\[dtc]?frac\s*" + _PART.format("over") + r"\s*" + _PART.format("under"),
+    re.ASCII,
+)
+_MIXED = re.compile(r"(?<![\w.,/])(\d+)\s(\d+)/(\d+)(?![\d/.,])", re.ASCII)
+_MINUSES = str.maketrans(dict.fromkeys("\u2212\u2010\u2011\u2013\ufe63\uff0d", "-"))
+"""Minus, hyphens, en dash, and their small and full-width forms."""
+_UNIT = re.compile(
+    r"(?:\^\s?\{?\s?\\circ\s?\}?|\^\s?\{\s?\\text\{?o\}?\s?\})"  # degrees
+    r"|(?<=[A-Za-z\u00b5}])\s?(?:\^\s?(?:\{\s?-?\d\s?\}|-?\d)|[\u00b2\u00b3])(?!\d)"  # a unit's exponent
+)
+_WORDS = re.compile(
+    r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname|left|right|quad|qquad|displaystyle)(?![a-z])"
+)
+_OPERATION = re.compile(r"\\[a-zA-Z]|[\^*\u00d7\u00f7\u221a\u03c0]|\b(?:pi|sqrt|log|ln|sin|cos|tan|exp)\b")
+"""What makes more of a number than the number: what is left of LaTeX's commands, powers, products, roots."""
 
 
 def numeric_answer(*, completion: str, answer: str | None, extract: str = "auto") -> float:
@@ -67,14 +82,21 @@ def numbers(text: str) -> list[Fraction | None]:
 
 
 def only_number(text: str) -> Fraction | None:
-    """The one number of a text, or None if there is none or more than one."""
+    """The one number of a text, or None if there is none, more than one, or an expression around it.
+
+    Words and units aside, also with an exponent. A mixed number, 1 1/2, is one number.
+    """
+    text = _WORDS.sub(" ", _UNIT.sub("", _plain(text)))
+    text = _MIXED.sub(_mixed, re.sub(r"(?<=\d) ?/ ?(?=\d)", "/", text))
+    if _OPERATION.search(text):
+        return None
     found = numbers(text)
     return found[0] if len(found) == 1 else None
 
 
 def is_number(text: str) -> bool:
     """Whether a text is one number and nothing else: '-1,234.5', '1/2'; no unit, no space."""
-    match = _NUMBER.fullmatch(text)
+    match = _NUMBER.fullmatch(text.translate(_MINUSES))
     return match is not None and _value(match) is not None
 
 
@@ -87,12 +109,32 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 def _plain(text: str) -> str:
     r"""LaTeX's thousands (1{,}234 1\,234), fractions and the typographic minus in plain characters."""
-    if _MINUS in text:
-        text = text.replace(_MINUS, "-")
+    text = text.translate(_MINUSES)
     if "\\" in text or "{,}" in text:
         text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "")
-        text = _LATEX_FRACTION.sub(r"\1/\2", text)
+        text = _LATEX_FRACTION.sub(_fraction, text)
     return text
+
+
+def _fraction(match: re.Match[str]) -> str:
+    r"""A LaTeX fraction, or mixed number, as n/d; as it is where it has no value."""
+    if len(match[0]) > MAX_NUMBER_CHARACTERS:
+        return match[0]
+    over, under = (Fraction((match[name] or match[f"{name}_digit"]).replace(" ", "")) for name in ("over", "under"))
+    if under == 0 or (match["whole"] and over / under < 0):
+        return match[0]
+    value = int(match["whole"] or 0) + over / under
+    if value < 0 and match.string[: match.start()].endswith(("-", "+")):
+        return match[0]
+    return f"{value.numerator}/{value.denominator}"
+
+
+def _mixed(match: re.Match[str]) -> str:
+    """1 1/2 as 3/2; as it is where the fraction is none that a mixed number has."""
+    if len(match[0]) > MAX_NUMBER_CHARACTERS:
+        return match[0]
+    whole, over, under = (int(part) for part in match.groups())
+    return f"{whole * under + over}/{under}" if 0 < over < under else match[0]
 
 
 def _reference(answer: str | None) -> str:

@@ -35,9 +35,12 @@ def check_references(prompts: Sequence[Prompt], rewards: Sequence[BoundReward], 
             )
 
 
+_NO_ANSWER = "the row has no reference answer (data.answer_key)"
+
+
 def _no_number(prompt: Prompt, arguments: Mapping[str, Any]) -> str | None:
     if prompt.answer is None:
-        return "the row has no reference answer (data.answer_key)"
+        return _NO_ANSWER
     if only_number(prompt.answer) is None:
         return f"the reference answer {prompt.answer!r} does not hold exactly one number; math_answer reads others"
     return None
@@ -46,5 +49,6 @@ def _no_number(prompt: Prompt, arguments: Mapping[str, Any]) -> str | None:
 _FAULTS: dict[str, Callable[[Prompt, Mapping[str, Any]], str | None]] = {
     "numeric_answer": _no_number,
     "math_answer": lambda prompt, arguments: reference_fault(prompt.answer, arguments),
+    "exact_match": lambda prompt, arguments: None if prompt.answer is not None else _NO_ANSWER,
     "instructions": lambda prompt, arguments: instructions_fault(prompt.row),
 }

@@ -177,6 +177,8 @@ def _called(reward: BoundReward, sample: dict[str, Any]) -> Outcome:
     except Exception as error:  # noqa: BLE001 - whatever a user's function raises
         return Outcome(raised=cause(error), error=error)
     # float first: isinstance of an abstract class is slow, and this runs for every sample
+    if not isinstance(value, float | Real) and getattr(value, "ndim", None) == 0:  # of numpy or torch
+        value = value.item()
     if isinstance(value, float | Real):
         try:
             return Outcome(value=float(value), notes=getattr(value, "notes", {}))

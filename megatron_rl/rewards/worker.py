@@ -53,6 +53,8 @@ def _answer(call: Any, sample: dict[str, Any]) -> dict[str, Any]:
         return {"lost": "ran out of memory"}
     except Exception as error:  # noqa: BLE001 - whatever a user's function raises is told to the parent
         return {"raised": cause(error)}
+    if not isinstance(value, float | Real) and getattr(value, "ndim", None) == 0:  # of numpy or torch
+        value = value.item()
     if isinstance(value, float | Real):
         try:
             return {"value": float(value), "notes": getattr(value, "notes", {})}

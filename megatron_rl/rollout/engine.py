@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config.schema import QuantizedFormat
+from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.samples import Completion, Prompt
 from megatron_rl.models.batch_invariance import make_room_for_vllm
 from megatron_rl.models.capabilities import capabilities
@@ -113,7 +114,7 @@ class RolloutEngine:
             )
             self._recorder = self._recorder_of_routes() if record_routes else None
         RolloutEngine._alive = True
-        self._tokenizer = self._engine.get_tokenizer()
+        self._tokenizer = load_tokenizer(model_path)  # vLLM's may be of another class than tokenizer.json's
         _keep_process_groups(self._engine.engine_core)
         # On a CPU vLLM compiles a function of its sampler (2 s, and a C++ compiler) even where it is told to be eager.
         self._interpreted = llm.ON_CPU and enforce_eager

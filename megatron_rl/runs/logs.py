@@ -161,7 +161,8 @@ class MetricsLog:
         self._unwritten = [line for line in self._unwritten if json.loads(line)["step"] <= step]
         end = 0
         for line in self._path.read_bytes().splitlines(keepends=True):
-            if json.loads(line)["step"] > step:
+            of_line = _step_of(line)
+            if of_line is not None and of_line > step:
                 break
             end += len(line)
         self.truncate(end)
@@ -185,28 +186,36 @@ class MetricsLog:
         self.close()
 
     def _read_last_step(self) -> int | None:
-        lines = self._path.read_bytes().splitlines()
-        return json.loads(lines[-1])["step"] if lines else None
+        steps = (_step_of(line) for line in reversed(self._path.read_bytes().splitlines()))
+        return next((step for step in steps if step is not None), None)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a row; None: the line is broken."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def read_metrics(path: Path | str) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl, also while a run writes it or after one was killed.
 
-    A torn last line is left out. null becomes nan.
+    A torn last line is left out, and so is, with a warning that names it, any that is no JSON object with a "step".
+    null becomes nan.
 
     Raises:
-        ValueError: a line before the last is no JSON object with a "step"; names file and line.
         FileNotFoundError: no such file.
     """
     content = Path(path).read_bytes()
     rows = []
     for number, line in enumerate(content[: _whole_lines_end(content)].splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows.append({key: math.nan if value is None else value for key, value in row.items()})
-            rows[-1]["step"]
-        except (json.JSONDecodeError, AttributeError, KeyError) as error:
-            raise ValueError(f'{path}:{number}: expected a JSON object with "step", got {line[:80]!r}') from error
+        if _step_of(line) is None:
+            _warn(f'{path}:{number}: left out: expected a JSON object with "step", got {line[:80]!r}')
+            continue
+        row = json.loads(line)
+        rows.append({key: math.nan if value is None else value for key, value in row.items()})
     return rows
 
 

@@ -15,27 +15,31 @@ from megatron_rl.checkpoint.folders import SCORE, iteration_folder
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.load import save_config
 from megatron_rl.config.schema import Config
+from megatron_rl.runs.continuation import changes
 from megatron_rl.runs.directory import RunDirectory, lock
 from megatron_rl.runs.logs import MetricsLog, truncate_rollouts_to_step
+from megatron_rl.runs.progress import say
 
 UNWRITTEN = "unwritten_metrics.jsonl"
 """In a checkpoint: rows of metrics that the disk had no room for."""
 
 
-def open_folder(run: RunDirectory) -> IO[str] | None:
+def open_folder(run: RunDirectory, config: Config) -> IO[str] | None:
     """Make the run's folder and take its lock; rank 0 does, and all ranks learn what keeps it from it. Collective.
 
     Returns:
         The lock, to be closed at the end of the run; None but on rank 0.
 
     Raises:
-        UserError: another process has the run, or the folder cannot be written.
+        UserError: another process has the run, the folder is of another run, or it cannot be written.
     """
     held, problem = None, None
     if dist.get_rank() == 0:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             held = lock(run.path)
+            if (line := changes(run, config)) is not None:
+                say(line)
             run.create()
         except UserError as error:
             problem = str(error)
@@ -111,6 +115,8 @@ class RunState:
     """Steps done. The policy's weight version is the same number."""
     data_position: int = 0
     """Training rows drawn."""
+    data_identity: str = ""
+    """Of the file that they are of; see `file_identity`."""
     adaptive: dict[str, Any] = field(default_factory=dict)
     """What an algorithm adapts from step to step, as plain values: a KL coefficient, a running baseline."""
     past: dict[str, list[float]] = field(default_factory=dict)

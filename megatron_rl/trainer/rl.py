@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.advantages import RunningBaseline
 from megatron_rl.algorithms.metrics import Metric, combine
-from megatron_rl.config.schema import Config, KLEstimator
+from megatron_rl.config.schema import Config, Dtype, KLEstimator
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.datasets import DataOrder, load_prompts, training_sequence
 from megatron_rl.data.packing import NEW_VALUES, MicroBatch
@@ -110,6 +110,7 @@ class RLTrainer:
             pad_to_multiple=self.training.pad_to_multiple,
             meeting=meeting,
         )
+        self._compared = False
         self.training.after_rollback = self.sync_weights
         self.worker.bring_back = lambda: self._sync(self._sync.version)
 
@@ -127,7 +128,9 @@ class RLTrainer:
 
     def collection(self) -> Collection:
         """An empty batch for this step's samples."""
-        return Collection(self.config.rollout.num_prompts_per_step, self.config.algorithm.dynamic_sampling.max_rounds)
+        dynamic, evaluation = self.config.algorithm.dynamic_sampling, self.config.evaluation
+        term = dynamic.reward or evaluation.correct_reward
+        return Collection(self.config.rollout.num_prompts_per_step, dynamic.max_rounds, term)
 
     def generate(self, count: int) -> tuple[list[Prompt], list[list[Completion]]]:
         """Draw `count` prompts and complete this engine's share of them."""
@@ -229,7 +232,8 @@ class RLTrainer:
                 metrics = combine(metrics, update)
         found = training.reduce(metrics)
         if not warming_up:
-            check_mismatch(found, self.config.rollout.max_mismatch)
+            check_mismatch(found, mismatch_limit(self.config, first=not self._compared))
+            self._compared = True
         found |= self.kl.after_step(found, len(batches) * self.samples_per_update)
         return found | convergence_metrics(found, self.config.logging.convergence, training.state)
 
@@ -264,8 +268,23 @@ def check_mismatch(row: dict[str, float], limit: float | None) -> None:
     if limit is not None and not row[_MISMATCH] <= limit:
         raise MismatchError(
             f"{_MISMATCH} is {row[_MISMATCH]:.3g} nats, rollout.max_mismatch is {limit:g}: "
-            "the engines' log-probs are too far from the policy's to train on"
+            "the engines' log-probs are too far from the policy's to train on. Compare rotary parameters, tied "
+            "weights and dtype in config.json with what the engine reads, and the sync of weights; "
+            "a larger rollout.max_mismatch goes on"
         )
+
+
+_FIRST_STEP = {Dtype.float32: 0.01, Dtype.bfloat16: 0.2}
+"""Nats. Rounding makes about 1e-5 in float32 and 0.01 to 0.05 in bfloat16; another model, 0.3 and more."""
+_FIRST_STEP_QUANTIZED = 0.5
+
+
+def mismatch_limit(config: Config, *, first: bool) -> float | None:
+    """`rollout.max_mismatch`; without one, a generous limit by dtype for the first step, whose weights are equal."""
+    limit = config.rollout.max_mismatch
+    if limit is not None or not first:
+        return limit
+    return _FIRST_STEP_QUANTIZED if config.rollout.quantization else _FIRST_STEP[config.model.params_dtype]
 
 
 def _micro_batches(batches: Sequence[MiniBatch]) -> list[MicroBatch]:

@@ -6,7 +6,7 @@ them made what, and a resumed run makes the same ones. An engine that is lost on
 part again.
 
 `Collection` holds the samples of one step. Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): a prompt whose
-completions all have the same reward teaches nothing, so it is replaced by another one, until the batch is full or the
+completions are all as right teaches nothing, so it is replaced by another one, until the batch is full or the
 rounds are spent. What is missing then is filled with such prompts, so that a step always has its size, and a run cannot
 hang on data that is too easy.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_rl.algorithms.advantages import informative
 from megatron_rl.config.schema import RewardsConfig, SamplingConfig
 from megatron_rl.data.samples import Completion, Prompt, Sample
+from megatron_rl.objectives.penalties import NAME as OVERLONG
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.meeting import Meeting
 from megatron_rl.placement.layout import Layout
@@ -167,12 +168,13 @@ class RolloutWorker:
 class Collection:
     """Groups of samples, one per prompt, on their way to a full batch."""
 
-    def __init__(self, num_prompts: int, max_rounds: int) -> None:
+    def __init__(self, num_prompts: int, max_rounds: int, term: str | None = None) -> None:
         """Args:
         num_prompts: of a full batch.
         max_rounds: of generation; with 1 every group is kept.
+        term: the reward whose contrast counts; None: the first.
         """
-        self.num_prompts, self.max_rounds = num_prompts, max_rounds
+        self.num_prompts, self.max_rounds, self._term = num_prompts, max_rounds, term
         self.num_rounds = 0
         self._kept: list[Sequence[Sample]] = []
         self._spare: list[Sequence[Sample]] = []
@@ -186,7 +188,7 @@ class Collection:
         """Take in one round's samples, by prompt."""
         self.num_rounds += 1
         for group in groups:
-            (self._kept if self.max_rounds == 1 or _has_contrast(group) else self._spare).append(group)
+            (self._kept if self.max_rounds == 1 or _has_contrast(group, self._term) else self._spare).append(group)
 
     @property
     def samples(self) -> list[Sample]:
@@ -202,8 +204,15 @@ class Collection:
         return {"sampling/rounds": self.num_rounds, "sampling/kept_fraction": len(self._kept) / drawn}
 
 
-def _has_contrast(group: Sequence[Sample]) -> bool:
-    rewards = torch.tensor([sample.reward for sample in group])
+def _has_contrast(group: Sequence[Sample], term: str | None) -> bool:
+    """Whether the completions differ in correctness; a penalty, of length say, is no contrast.
+
+    DAPO, arXiv:2503.14476, section 3.2: accuracy neither 0 nor 1.
+    """
+    if term is None:
+        term = next((name for name in group[0].reward_terms if name != OVERLONG), None)
+    values = [sample.reward if term is None else sample.reward_terms[term] for sample in group]
+    rewards = torch.tensor(values, dtype=torch.float64)
     return bool(informative(rewards, torch.zeros(len(group), dtype=torch.int64)).any())
 
 

@@ -6,14 +6,7 @@ from pathlib import Path
 from megatron_rl.config.errors import Interrupted
 from megatron_rl.config.schema import Config, Recipe
 from megatron_rl.engine.initialize import finalize, initialize
-from megatron_rl.objectives.advantages import resolve_estimator
-from megatron_rl.objectives.losses import (
-    POLICY_LOSSES,
-    REWARD_LOSSES,
-    resolve_policy_loss,
-    resolve_preference_loss,
-    resolve_supervised_loss,
-)
+from megatron_rl.objectives.choices import resolve_choices
 from megatron_rl.placement.layout import Layout
 from megatron_rl.report.report import write_report
 from megatron_rl.runs.directory import RunDirectory
@@ -47,24 +40,6 @@ def train(config: Config, layout: Layout) -> None:
         if os.environ["RANK"] == "0":
             _report(RunDirectory(Path(config.output_dir) / config.name))
     finalize()
-
-
-def resolve_choices(config: Config) -> None:
-    """Find the functions that the configuration names, before there is anything to join.
-
-    Raises:
-        UserError: one that cannot be had, or arguments that do not fit.
-    """
-    algorithm = config.algorithm
-    if config.recipe is Recipe.sft:
-        resolve_supervised_loss(algorithm.supervised)
-    if config.recipe is Recipe.rl:
-        resolve_estimator(algorithm.advantage)
-        resolve_policy_loss(algorithm.policy_loss)
-    if config.recipe is Recipe.preference:
-        resolve_preference_loss(algorithm.preference, POLICY_LOSSES)
-    if config.recipe is Recipe.reward_model:
-        resolve_preference_loss(algorithm.preference, REWARD_LOSSES)
 
 
 def _report(run: RunDirectory) -> None:

@@ -29,6 +29,7 @@ from megatron_rl.objectives.minibatch import MiniBatch
 from megatron_rl.parallel.groups import Groups, reduce_metrics
 from megatron_rl.parallel.meeting import Meeting
 from megatron_rl.placement.sizes import mfu
+from megatron_rl.runs.continuation import file_identity
 from megatron_rl.runs.directory import RunDirectory
 from megatron_rl.runs.interruption import Interruption, JobClock, job_end, tell_saved
 from megatron_rl.runs.progress import PhaseTimer, Progress, say
@@ -76,7 +77,7 @@ class Training:
             limit_seconds=60 * config.parallel.distributed_timeout_minutes,
             on_progress=self.timer.progressed,
         )
-        self._lock = open_folder(self.run) if records else None
+        self._lock = open_folder(self.run, config) if records else None
         self.watchdog = self._start_watchdog() if records else None
         num_steps = config.train.num_steps * num_updates_per_step
         self.policy = build(
@@ -117,11 +118,18 @@ class Training:
         """Restore the latest whole checkpoint, if there is one; collective."""
         saved = resume(self.run.checkpoints_dir, self.models, say=say)
         if saved is None:
+            self.state.data_identity = file_identity(self.config.data.train)
             return False
         if self._moving_reference is not None:
             training_state.load_reference(self.run.checkpoints_dir, saved["step"], self._moving_reference)
         for name, value in saved.items():  # in place: others hold the state
             setattr(self.state, name, value)
+        identity = file_identity(self.config.data.train)
+        if self.state.data_identity not in ("", identity) and self.is_main:
+            say(
+                f"{self.config.data.train}: other data than before; the run keeps its place, {self.state.data_position}"
+            )
+        self.state.data_identity = identity
         return True
 
     def _start_watchdog(self) -> Watchdog:

@@ -22,6 +22,7 @@ from functools import partial
 from megatron_rl.algorithms.diagnostics import ConvergenceMonitor
 from megatron_rl.algorithms.metrics import Metric
 from megatron_rl.config.errors import UserError
+from megatron_rl.config.functions import nearest
 from megatron_rl.config.schema import Config, ConvergenceConfig, GuardAction, GuardConfig, NonFinite
 from megatron_rl.engine.head import Extra
 from megatron_rl.engine.optimizer import Optimizer
@@ -47,6 +48,8 @@ class Updates:
         state: of the run; its record of what the guards have seen grows.
         """
         self._config, self._groups, self._state = config, groups, state
+        self._named = False
+        """Whether the metrics that guards name have been looked for."""
         self.flops = 0
         """Of the updates since it was last set to 0, on all ranks."""
 
@@ -101,7 +104,12 @@ class Updates:
     def _accepts(self, metrics: dict[str, Metric], grad_norm: float) -> bool:
         """Whether the guards let an update pass; collective."""
         reported = reduce_metrics(metrics if self._groups.reports else {}, self._groups.world)
-        trip = tripped(self._config.guards, reported | {"optim/grad_norm": grad_norm}, self._state.past)
+        metrics_of_guards = reported | {"optim/grad_norm": grad_norm}
+        if not self._named and (line := unknown_metrics(self._config.guards, metrics_of_guards)):
+            self._named = True
+            raise GuardStop(line)
+        self._named = True
+        trip = tripped(self._config.guards, metrics_of_guards, self._state.past)
         if trip is None:
             return True
         action, reason = trip
@@ -146,6 +154,14 @@ def tripped(
     for guard in guards:
         if guard.above_deviations is not None and guard.metric in metrics:
             past[guard.metric] = [*past.get(guard.metric, []), float(metrics[guard.metric])][-guard.window :]
+    return None
+
+
+def unknown_metrics(guards: Sequence[GuardConfig], metrics: Mapping[str, float]) -> str | None:
+    """A line about the first guard whose metric no update has; None: each watches something."""
+    for number, guard in enumerate(guards):
+        if guard.metric not in metrics:
+            return f"guards[{number}].metric: no update has {guard.metric!r}{nearest(guard.metric, sorted(metrics))}"
     return None
 
 

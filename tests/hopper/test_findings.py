@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from megatron_rl.checkpoint import optimizer_state
 from megatron_rl.config.errors import ConfigError, UserError
-from megatron_rl.config.numerics import row_multiple
+from megatron_rl.config.numerics import token_multiple
 from megatron_rl.config.schema import AdamImplementation, Fp8Format, Fp8Recipe, ModelConfig, ParallelConfig
 from megatron_rl.models import capabilities
 from megatron_rl.models.capabilities import Capabilities
@@ -289,7 +289,7 @@ def test_finding_17_blockwise_rows_are_whole_blocks_on_every_rank() -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)
     for recipe, multiple in ((Fp8Recipe.blockwise, 128), (Fp8Recipe.mxfp8, 32), (Fp8Recipe.tensorwise, 16)):
         model = ModelConfig(fp8=Fp8Format.hybrid, fp8_recipe=recipe)
-        assert row_multiple(model, parallel) == 4 * multiple
+        assert token_multiple(model, parallel) == 4 * multiple
 
 
 def test_a_rank_without_a_gpu_of_its_number_is_told_so() -> None:

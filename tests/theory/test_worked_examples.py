@@ -51,7 +51,9 @@ def test_three_rewards_against_their_average() -> None:
 def test_eight_rewards_of_a_group() -> None:
     # Mean 0.55, population standard deviation 0.23; with that rounded: 1.52, 1.09, 0.65, 0.22, ...
     rewards = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.3, 0.2, 0.5, 0.4])
-    got = group_relative_advantages(rewards, torch.zeros(8, dtype=torch.int64), normalize_by_std=True, std_epsilon=0.0)
+    got = group_relative_advantages(
+        rewards, torch.zeros(8, dtype=torch.int64), normalize_by_std=True, std_epsilon=0.0, std_correction=0
+    )
     printed = [1.52, 1.09, 0.65, 0.22, -1.09, -1.52, -0.22, -0.65]
     # sqrt(0.0525) is 0.2291, printed as 0.23: 0.4 % of up to 1.53
     assert got.tolist() == pytest.approx(printed, abs=0.008)

@@ -81,6 +81,8 @@ class AdvantageConfig:
     """A name of `objectives/advantages.py`, or a dotted path 'package.module:function'."""
     normalize_by_std: bool = True
     """group_relative: GRPO divides by the group's standard deviation; Dr.GRPO does not."""
+    std_correction: int = 1
+    """group_relative: 1, Bessel's correction of the group's standard deviation, as torch.std; 0, the population's."""
     std_epsilon: float = 1e-6
     """Added to a standard deviation that is divided by."""
     gamma: float = 1.0
@@ -181,6 +183,8 @@ class DynamicSamplingConfig:
 
     max_rounds: int = 1
     """Generations of a step at most; 1: no refilling. After the last round the batch is filled with the rest."""
+    reward: str | None = None
+    """The reward in which completions must differ; null: evaluation.correct_reward, or the first of the rewards."""
 
 
 @dataclass

@@ -97,7 +97,8 @@ class RolloutConfig:
     """Limit of one request to such an engine. One that generates nothing is lost after half of
     parallel.distributed_timeout_minutes, one that does not answer after half a minute."""
     max_mismatch: float | None = None
-    """Stop the run when a step's mismatch/log_prob_abs_diff_mean, nats, is above this. null: never."""
+    """Stop the run when a step's mismatch/log_prob_abs_diff_mean, nats, is above this. null: the first step
+    alone, at 0.01 in float32, 0.2 in bfloat16, 0.5 with quantization."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine, by its own names."""
 

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_rl.config.errors import UserError
 from megatron_rl.models.families import deepseek, gpt_oss, llama, qwen
 from megatron_rl.models.families.decoder import Family
+from megatron_rl.models.model_config import resolved_config
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -40,7 +41,13 @@ def family_of(hf: dict[str, Any]) -> Family:
         raise UserError(
             f"architecture '{architecture}' in config.json is not supported; allowed: {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[architecture]
+    family = FAMILIES[architecture]
+    return Family(  # told what config.json means, not what it says
+        architecture,
+        lambda hf: family.transformer_fields(resolved_config(hf)),
+        lambda hf: family.gpt_fields(resolved_config(hf)),
+        lambda hf: family.tensor_maps(resolved_config(hf)),
+    )
 
 
 def check_family(hf: dict[str, Any]) -> None:

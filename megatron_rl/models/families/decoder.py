@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from megatron_rl.config.errors import UserError
+from megatron_rl.models.model_config import resolved_config, rotary_source
 from megatron_rl.models.tensor_map import TensorMap, gate_up, qkv, replicated, split, vocabulary
 
 
@@ -114,13 +115,11 @@ def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
     """Rotary parameters, wherever the version of transformers that wrote config.json put them.
 
     Raises:
-        UserError: a rope_type that has no formula here, or lacks a parameter of its formula.
+        UserError: a rope_type that has no formula here, or lacks a parameter of its formula; two sources that differ.
     """
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    if hf.get("partial_rotary_factor") is not None:
-        rope.setdefault("partial_rotary_factor", hf["partial_rotary_factor"])
-    rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
-    rope.setdefault("rope_type", rope.pop("type", "default"))
+    hf = resolved_config(hf)
+    rope = rotary_source(hf)
+    rope.setdefault("rope_type", "default")
     if rope["rope_type"] == "yarn":
         rope.setdefault("original_max_position_embeddings", hf["max_position_embeddings"])
         if rope.get("attention_factor") is not None:

@@ -52,11 +52,6 @@ def _nemotron(hf: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _nemotron_gpt(hf: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of GPTModel; where config.json is silent, half of a head's channels turn."""
-    return decoder.gpt_fields({"partial_rotary_factor": 0.5, **hf})
-
-
 FAMILIES = (
     Family("LlamaForCausalLM", _llama, decoder.gpt_fields, decoder.tensor_maps),
     Family("MistralForCausalLM", _mistral, decoder.gpt_fields, decoder.tensor_maps),
@@ -66,7 +61,7 @@ FAMILIES = (
     Family(
         "NemotronForCausalLM",
         _nemotron,
-        _nemotron_gpt,
+        decoder.gpt_fields,
         partial(decoder.tensor_maps, feed_forward=decoder.plain_mlp, norm_bias=True),
     ),
 )

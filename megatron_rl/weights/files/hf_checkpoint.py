@@ -1,7 +1,7 @@
 """The tensors of a Hugging Face checkpoint folder, and whether they are the model of config.json; from headers alone.
 
-A weight may be stored quantised (`stored_forms.py`). Some tensors are skipped: an output layer beside the embedding
-that it is tied to, and buffers of older writers that follow from config.json. The layers after the last one that
+A weight may be stored quantised (`stored_forms.py`). Some tensors are skipped: an output layer that is tied to the
+embedding and equal to it, and buffers of older writers that follow from config.json. The layers after the last one that
 predict further tokens (DeepSeek-V3) are no part of the policy: they are not read, trained or exported, and
 `HFCheckpointFiles.left_out` says so to the user.
 
@@ -9,17 +9,35 @@ Without torch, so that a run can begin with it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.config.hf_checkpoint import read_json_object
+from megatron_rl.config.hf_checkpoint import files_of_weights, read_json_object
 from megatron_rl.models.tensor_map import TensorMap
 from megatron_rl.weights.files.stored_forms import Form, StoredTensor, form_of, stored_tensors
 
 INDEX = "model.safetensors.index.json"
 _UNREAD = re.compile(r"^lm_head\.weight$|\.rotary_emb\.inv_freq$")
+_OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_BYTES_AT_ONCE = 1 << 24
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        left = one.num_bytes
+        while left:
+            size = min(left, _BYTES_AT_ONCE)
+            if first.read(size) != second.read(size):
+                return False
+            left -= size
+    return True
 
 
 class HFCheckpointFiles:
@@ -37,14 +55,16 @@ class HFCheckpointFiles:
             raise UserError(f"{self.folder}: no *.safetensors files; only safetensors checkpoints are read")
         self.tensors: dict[str, StoredTensor] = {}
         for file in files:
-            self.tensors |= stored_tensors(file)
+            held = stored_tensors(file)
+            if twice := sorted(held.keys() & self.tensors.keys()):
+                raise UserError(
+                    f"tensor '{twice[0]}' is in {self.tensors[twice[0]].file} and in {file}; "
+                    "allowed: one file for each tensor"
+                )
+            self.tensors |= held
 
     def _files(self) -> list[Path]:
-        """Those of the index, if there is one: a folder may hold the same weights again in another layout."""
-        index = self.folder / INDEX
-        if not index.is_file():
-            return sorted(self.folder.glob("*.safetensors"))
-        names = sorted(set(read_json_object(index, str(self.folder)).get("weight_map", {}).values()))
+        names = sorted(files_of_weights(self.folder, str(self.folder)))
         for name in names:
             if not (self.folder / name).is_file():
                 raise UserError(f"{self.folder / name}: missing, which {INDEX} promises")
@@ -79,6 +99,20 @@ class HFCheckpointFiles:
             if form is None:
                 raise UserError(f"{self.folder}: tensor '{name}' is missing, which the model of config.json has")
             form.check(shape)
+        self._check_tied(expected)
+
+    def _check_tied(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise UserError for an output layer that is tied to the embedding and is stored as another matrix.
+
+        transformers takes the stored one, vLLM the embedding.
+        """
+        output, embedding = (self.tensors.get(name) for name in (_OUTPUT, _EMBEDDING))
+        is_tied = _EMBEDDING in expected and _OUTPUT not in expected and "score.weight" not in expected
+        if is_tied and output is not None and embedding is not None and not _equal(output, embedding):
+            raise UserError(
+                f"{output.file}: '{_OUTPUT}' differs from '{_EMBEDDING}', but tie_word_embeddings is true in "
+                "config.json; allowed: tie_word_embeddings false, or no stored lm_head.weight"
+            )
 
     def layers_that_predict_further(self) -> range:
         """Numbers of the layers after the last that config.json counts by themselves."""

@@ -27,6 +27,10 @@ from megatron_rl.weights.files.safetensors_files import PlannedFile, create_file
 from megatron_rl.weights.quantized.fp8_parameters import dequantized
 
 # Weights in any format: beside new ones they would be old ones.
+_OF_OTHERS = ("._", "adapter_")
+"""Beginnings of files that are no part of the model: macOS's, and those of an adapter, whose weights stay behind."""
+_TEMPLATES = "additional_chat_templates"
+"""The folder of a tokenizer's further chat templates."""
 _NOT_COPIED = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz"),
     ".index.json",
@@ -86,8 +90,10 @@ def begin(folder: Path) -> Path:
 def complete(partial: Path, folder: Path, *, source: Path, config: dict[str, Any] | None) -> None:
     """Put everything of `source` but its weights beside the new ones, and the result in the place of `folder`."""
     for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(_NOT_COPIED):
+        if file.is_file() and not file.name.endswith(_NOT_COPIED) and not file.name.startswith(_OF_OTHERS):
             shutil.copyfile(file, partial / file.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, partial / _TEMPLATES, dirs_exist_ok=True)
     if config is not None:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if folder.exists():

@@ -7,14 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.algorithms.advantages import group_relative_advantages
+from megatron_rl.algorithms.advantages import group_relative_advantages, length_weighted_advantages, whiten
+from megatron_rl.algorithms.metrics import Moments
 
 EIGHT_REWARDS = [0.9, 0.8, 0.7, 0.6, 0.3, 0.2, 0.5, 0.4]
 
 
-def advantages(rewards, group_ids, *, normalize_by_std=True, std_epsilon=0.0):
+def advantages(rewards, group_ids, *, normalize_by_std=True, std_epsilon=0.0, std_correction=0):
     return group_relative_advantages(
-        torch.tensor(rewards), torch.tensor(group_ids), normalize_by_std=normalize_by_std, std_epsilon=std_epsilon
+        torch.tensor(rewards),
+        torch.tensor(group_ids),
+        normalize_by_std=normalize_by_std,
+        std_epsilon=std_epsilon,
+        std_correction=std_correction,
     )
 
 
@@ -91,3 +96,35 @@ def test_a_reward_that_is_not_finite_is_named():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"rewards \(2,\) and group_ids \(3,\) must both be \[N\]"):
         advantages([0.0, 1.0], [0, 0, 0])
+
+
+@pytest.mark.parametrize("subtract_mean", [True, False])
+@pytest.mark.parametrize("value", [1.0, 0.1, -1.0, 1e-8, 1e8, 0.0])
+@pytest.mark.parametrize("count", [1, 3, 7, 8])
+def test_a_spread_of_zero_is_no_scale(value: float, count: int, subtract_mean: bool) -> None:
+    values = torch.full((count,), value)
+    ones = torch.ones(count)
+    parts = [Moments.of(values[i : i + 2], ones[i : i + 2]) for i in range(0, count, 2)]
+    got = whiten(values, ones, sum(parts, Moments()), subtract_mean=subtract_mean, epsilon=1e-6)
+    expected = torch.zeros(count) if subtract_mean else values
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-7 * abs(value))  # an eps of float32
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+def test_the_groups_standard_deviation_is_torchs(correction: int) -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.25, 3.0, -1.0, 0.5, 0.5, 2.0])
+    ids = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3])
+    got = group_relative_advantages(rewards, ids, normalize_by_std=True, std_epsilon=1e-6, std_correction=correction)
+    for group in range(3):
+        of_group = rewards[ids == group].double()
+        expected = (of_group - of_group.mean()) / (of_group.std(correction=correction) + 1e-6)
+        torch.testing.assert_close(got[ids == group], expected.float())
+    assert got[5:].tolist() == [0.0, 0.0, 0.0]  # equal rewards, and a group of one
+
+
+def test_the_length_weighted_baseline() -> None:
+    rewards, ids = torch.tensor([1.0, 0.0, 5.0, 5.0]), torch.tensor([7, 7, 3, 3])
+    got = length_weighted_advantages(rewards, ids, torch.tensor([1, 3, 2, 9]))
+    assert got.tolist() == [0.75, -0.25, 0.0, 0.0]  # baseline (1 x 1 + 3 x 0) / 4
+    same = length_weighted_advantages(rewards, ids, torch.tensor([4, 4, 4, 4]))
+    assert torch.equal(same, group_relative_advantages(rewards, ids, normalize_by_std=False, std_epsilon=0.0))

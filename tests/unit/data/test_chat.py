@@ -3,13 +3,15 @@
 The tokenizer of `tests.checkpoints` has one token per byte, so expected ids can be written down from the text.
 """
 
+import json
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from megatron_rl.config.schema import DataConfig
-from megatron_rl.data.chat import leading_bos, render_prompts, tokenize
+from megatron_rl.data.chat import leading_bos, load_tokenizer, render_prompts, tokenize
 from megatron_rl.data.files import DataError
 from tests.checkpoints import BOS_TOKEN_ID, EOS_TOKEN_ID, make_tokenizer
 
@@ -118,3 +120,18 @@ def test_a_tokenizer_without_or_with_a_refusing_chat_template() -> None:
     with pytest.raises(DataError, match="f:1: the prompt is a chat, but the tokenizer has no chat template"):
         render(USER, tokenizer)
     assert render("Hi", tokenizer)[0] == "Hi"
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer", None])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", None])
+def test_tokens_are_those_of_tokenizer_json_whatever_class_is_named(tmp_path, name, model_type):
+    make_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
+    if model_type is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    right = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    for text in ("hello world", " a  b\n", "1234", "\u00e9\u4e2d \U0001f600", "<eos>x"):
+        assert ours(text, add_special_tokens=False)["input_ids"] == right.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ours(text)["input_ids"], skip_special_tokens=False) == text

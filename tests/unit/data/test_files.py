@@ -89,3 +89,10 @@ def test_require_names_the_keys_present() -> None:
         require({"question": 1, "answer": 2}, "prompt", "f:1")
     with pytest.raises(DataError, match="has no keys"):
         require({}, "prompt", "f:1")
+
+
+@pytest.mark.parametrize("text", ["b\\ud83d", "\\udc00", "a\\uDBFFb", "\\ud83d \\ude00"])
+def test_half_of_a_surrogate_pair_is_an_error_of_its_line(tmp_path: Path, text: str) -> None:
+    file = write(tmp_path / "p.jsonl", '{"prompt": "\\ud83d\\ude00"}', f'{{"prompt": ["x", {{"content": "{text}"}}]}}')
+    with pytest.raises(DataError, match=r"p\.jsonl:2: U\+D"):
+        list(read_rows(file, "jsonl"))

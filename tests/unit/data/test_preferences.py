@@ -120,3 +120,40 @@ def test_a_file_is_of_one_kind(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"rows.jsonl:2: no key 'response'"):
         load_labelled(file, DataConfig(), TOKENIZER, max_tokens=64)
+
+
+_TURNS = (
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "2+2?"}],
+    [{"role": "system", "content": "be kind"}, {"role": "user", "content": "Hi"}],
+    [],
+)
+
+
+@pytest.mark.parametrize("rejected", _TURNS)
+@pytest.mark.parametrize("chosen", _TURNS)
+@pytest.mark.parametrize("prompt", [None, "Hi", "another", *_TURNS[:3]])
+def test_the_prompt_is_what_both_conversations_begin_with(
+    prompt: Any, chosen: list[Any], rejected: list[Any], tmp_path: Path
+) -> None:
+    """Every pair of sources of a prompt: taken where they agree, else refused with the row."""
+    answer = {"role": "assistant", "content": "4"}
+    row = {"chosen": [*chosen, answer], "rejected": [*rejected, answer | {"content": "5"}]}
+    row |= {} if prompt is None else {"prompt": prompt}
+    if chosen == rejected and chosen and prompt in (None, "Hi", chosen):
+        expected = "".join(f"{m['role']}: {m['content']}\n" for m in chosen) + "assistant: "
+    elif chosen == rejected == [] and prompt is not None:  # the completions alone
+        expected = prompt if isinstance(prompt, str) else "".join(f"{m['role']}: {m['content']}\n" for m in prompt)
+        expected += "" if isinstance(prompt, str) else "assistant: "
+    else:
+        with pytest.raises(DataError, match=r"\.jsonl:1: "):
+            load_one(tmp_path, row)
+        return
+    first = load_one(tmp_path, row)[0]
+    assert make_tokenizer().decode(first.prompt_ids) == expected
+
+
+@pytest.mark.parametrize("label", [-1, 1.5, 2, "yes", None, float("nan")])
+def test_a_steps_label_is_a_probability(label: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r":1: 'label'"):
+        load_one(tmp_path, {"prompt": "a", "response": ["b", "c"], "label": [1, label]})

@@ -21,7 +21,7 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 64,
 }
-QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"]}
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 4}
 QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "head_dim": 6, "num_key_value_heads": 2}
 
 
@@ -69,7 +69,7 @@ MIXTRAL = {
     "num_experts_per_tok": 2,
 }
 QWEN3_MOE = {**MIXTRAL, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "moe_intermediate_size": 16}
-GPT_OSS = {**MIXTRAL, "architectures": ["GptOssForCausalLM"], "sliding_window": 8, "attention_bias": True}
+GPT_OSS = {**MIXTRAL, "architectures": ["GptOssForCausalLM"], "sliding_window": 8, "rope_theta": 150000.0}
 DEEPSEEK_V3 = {
     **SHAPE,
     "architectures": ["DeepseekV3ForCausalLM"],

@@ -71,7 +71,7 @@ def test_equal_to_transformers(head_dim, rope):
         ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_type": "default", "rope_theta": 5e5}),
         ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}, LINEAR),
         ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, LINEAR),
-        ({"rope_parameters": LLAMA3, "rope_theta": 1.0}, LLAMA3),
+        ({"rope_parameters": LLAMA3, "rope_theta": LLAMA3["rope_theta"]}, LLAMA3),
     ],
 )
 def test_parameters_wherever_config_json_has_them(hf, expected):

@@ -263,3 +263,12 @@ def test_two_thousand_steps_take_less_than_two_seconds_and_a_megabyte(tmp_path):
     file = write_report(run.path)
     assert time.process_time() - start < 2.0
     assert file.stat().st_size < 1_000_000
+
+
+def test_numbers_near_the_largest_float_are_drawn_as_no_numbers(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("name: run\nrecipe: sft\n")
+    lines = [{"step": i, "sft/loss": value} for i, value in enumerate((1e308, -1e308, 0.5), start=1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert write_report(run).is_file()

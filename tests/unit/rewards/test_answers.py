@@ -1,5 +1,6 @@
 r"""Numeric answers, with what models write and what they try."""
 
+import random
 from fractions import Fraction
 
 import pytest
@@ -166,3 +167,40 @@ def test_exact_match() -> None:
     assert exact_match(completion="3.0", answer="3") == 0.0
     with pytest.raises(ValueError, match="no reference answer"):
         exact_match(completion="a", answer=None)
+
+
+def _written(value: Fraction, draw: random.Random) -> str:
+    """A number in one of the ways in which models write it."""
+    sign = draw.choice(["-", "\u2212", "\u2013", "\uff0d"]) if value < 0 else ""
+    over, under = abs(value.numerator), value.denominator
+    if under == 1:
+        return f"{sign}{draw.choice([str(over), f'{over}.0', f'{over:,}'])}"
+    frac = rf"\{draw.choice(['frac', 'dfrac', 'tfrac'])}"
+    ways = [f"{over}/{under}", f"{over} / {under}", rf"{frac}{{{over}}}{{{under}}}"]
+    if over < 10 and under < 10:
+        ways.append(rf"{frac}{over}{under}")
+    if over > under:
+        whole, rest = divmod(over, under)
+        ways += [f"{whole} {rest}/{under}", rf"{whole}{frac}{{{rest}}}{{{under}}}"]
+    if sign and draw.random() < 0.3:
+        return rf"{frac}{{-{over}}}{{{under}}}"
+    return sign + draw.choice(ways)
+
+
+_UNITS = ("", " cm", r"\text{ cm}^2", " cm^2", r" \mathrm{~m}^{3}", "%", r"\%", r"^\circ", " m\u00b2", " apples")
+_AROUND = (r"\sqrt{%s}", r"%s\pi", r"%s^2", r"2^{%s}", r"3 \times %s", r"%s + 1", r"%s or 2", r"\log %s")
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_number_is_read_however_it_is_written_and_no_expression_is_a_number(seed: int) -> None:
+    draw = random.Random(seed)
+    value = Fraction(draw.randint(-60, 60), draw.randint(1, 12))
+    text = _written(value, draw)
+    box, tag = r"\boxed{%s}", "<answer>%s</answer>"
+    mark = draw.choice((box, tag, "#### %s"))
+    given = f"{value.numerator}/{value.denominator}"
+    assert numeric_answer(completion=mark % (text + draw.choice(_UNITS)), answer=given) == 1.0, text
+    assert numeric_answer(completion=mark % text, answer=f"{value + 1}") == 0.0
+    assert numeric_answer(completion=mark % (draw.choice(_AROUND) % text), answer=given) == 0.0, text
+    with pytest.raises(ValueError, match="exactly one number"):
+        numeric_answer(completion="1", answer=draw.choice(_AROUND) % text)

@@ -1,12 +1,17 @@
 """Scores are weighted sums of terms, and a reward that fails names the sample."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_rl.config.schema import RewardFunctionConfig, RewardsConfig
+from megatron_rl.data.files import DataError
 from megatron_rl.data.samples import Completion, Prompt
-from megatron_rl.rewards.scoring import BoundReward, RewardError, score
+from megatron_rl.rewards.references import check_references
+from megatron_rl.rewards.scoring import BoundReward, RewardError, resolve_rewards, score
 
 PROMPT = Prompt(4, (1, 2), "2+2=", "4", "train.jsonl:5", {"level": 3})
 
@@ -86,3 +91,19 @@ def test_a_reward_that_raises_names_itself_the_row_the_completion_and_the_line()
 def test_prompts_and_completions_must_pair_up() -> None:
     with pytest.raises(ValueError, match="shorter"):
         score([PROMPT, PROMPT], [completion("4")], [])
+
+
+@pytest.mark.parametrize(
+    "value", [np.True_, np.isclose(1.0, 1.0), np.array(1.0), np.float32(1), torch.tensor(1.0), torch.tensor(True)]
+)
+def test_a_scalar_of_numpy_or_torch_is_a_term(value: Any) -> None:
+    assert score([PROMPT], [completion("x")], [returning(value)])[0].reward == 1.0
+
+
+def test_a_reference_that_cannot_be_graded_against_is_named_by_its_row() -> None:
+    rewards = resolve_rewards(RewardsConfig(functions=[RewardFunctionConfig(name="numeric_answer")]))
+    good = replace(PROMPT, answer="3")
+    check_references([good], rewards, tolerated=0.0)
+    for answer in ("3, 4", None, "nan", r"\sqrt{2}"):
+        with pytest.raises(DataError, match=f"{PROMPT.source}: reward 'numeric_answer': "):
+            check_references([good, replace(PROMPT, answer=answer)], rewards, tolerated=0.0)

@@ -1,5 +1,7 @@
 """Which prompts make up a batch under dynamic sampling, and how length is punished."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_rl.config.schema import OverlongConfig
@@ -54,3 +56,23 @@ def test_length_is_punished_over_the_buffer(num_tokens: int, term: float) -> Non
     assert sample.reward == 1.0 + 3.0 * term
     assert sample.reward_terms == {"overlong": term}
     assert punish_length([sample], OverlongConfig(), max_tokens=8) == [sample]
+
+
+def test_a_penalty_of_length_is_no_contrast() -> None:
+    wrong = [
+        sample
+        for tokens in (14, 15, 16)
+        for sample in punish_length(
+            [replace(group(0, 0.0, num_tokens=tokens)[0], reward_terms={"right": 0.0})],
+            OverlongConfig(buffer_tokens=4),
+            max_tokens=16,
+        )
+    ]
+    assert len({sample.reward for sample in wrong}) > 1
+    for term in (None, "right"):
+        collection = Collection(1, 3, term)
+        collection.add([wrong])
+        assert collection.num_missing == 1
+    collection = Collection(1, 3, "right")
+    collection.add([[wrong[0], replace(wrong[1], reward_terms={"right": 1.0})]])
+    assert collection.num_missing == 0

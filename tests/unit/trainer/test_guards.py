@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_rl.config.schema import GuardAction, GuardConfig
-from megatron_rl.trainer.update import tripped
+from megatron_rl.trainer.update import tripped, unknown_metrics
 
 ABOVE = GuardConfig("policy/approx_kl", above=0.5, action=GuardAction.stop)
 SPIKE = GuardConfig("policy/loss", above_deviations=3.0, window=5, action=GuardAction.rollback)
@@ -50,3 +50,11 @@ def test_the_first_guard_that_trips_decides_and_others_metrics_are_left_alone() 
     assert trip is not None
     assert trip[0] is GuardAction.skip
     assert tripped([ABOVE], {"other": math.nan}, {}) is None
+
+
+def test_a_metric_that_no_update_has_is_named_with_the_nearest() -> None:
+    guards = [GuardConfig(metric="sft/loss", above=1.0), GuardConfig(metric="sft/los", above=1.0)]
+    line = unknown_metrics(guards, {"sft/loss": 0.5, "optim/grad_norm": 1.0})
+    assert line is not None
+    assert line.startswith("guards[1].metric: no update has 'sft/los'; did you mean 'sft/loss'?")
+    assert unknown_metrics(guards[:1], {"sft/loss": 0.5}) is None

@@ -37,7 +37,7 @@ class Trips:
 
     def __call__(self, *_: Any) -> tuple[GuardAction, str] | None:
         self.count += 1
-        return (self.action, "policy/loss is too high") if self.count in self.updates else None
+        return (self.action, "sft/loss is too high") if self.count in self.updates else None
 
 
 def train(folder: Path, groups: Groups, monkeypatch: pytest.MonkeyPatch, trips: Trips, *overrides: str) -> list[Any]:
@@ -51,7 +51,7 @@ def train(folder: Path, groups: Groups, monkeypatch: pytest.MonkeyPatch, trips: 
     monkeypatch.setattr(Training, "minibatch", lambda self, s, i: drawn.append(list(i)) or minibatch(self, s, i))
     settings = ("parallel.data_parallel_size=1", f"train.num_steps={NUM_STEPS}", "checkpoint.export_hf=false")
     config = load_config(folder / "run.yaml", [*settings, "logging.tensorboard=false", *overrides])
-    config.guards = [GuardConfig("policy/loss", above=1.0)]
+    config.guards = [GuardConfig("sft/loss", above=1.0)]
     try:
         sft.train_sft(config, groups)
     finally:
@@ -70,7 +70,7 @@ def test_the_run_goes_back_and_on_with_later_data(
     assert len(drawn) == NUM_STEPS + 2
     assert len({tuple(batch) for batch in drawn}) == len(drawn)  # no batch comes twice
     assert latest_step(tmp_path / "runs/run/checkpoints") == NUM_STEPS
-    assert "step 4: policy/loss is too high; back at step 2, on with later data" in capsys.readouterr().err
+    assert "step 4: sft/loss is too high; back at step 2, on with later data" in capsys.readouterr().err
 
 
 def test_too_many_ends_the_run_in_one_line(tmp_path: Path, groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +90,6 @@ def test_skipping_and_stopping(tmp_path: Path, groups: Groups, monkeypatch: pyte
     train(tmp_path / "skip", groups, monkeypatch, Trips(GuardAction.skip, 2, 5))
     rows = read_metrics(tmp_path / "skip/runs/run/metrics.jsonl")
     assert [row["optim/skipped_updates"] for row in rows] == [0, 1, 0, 0, 1, 0]
-    with pytest.raises(GuardStop, match="step 3: policy/loss is too high; nothing was updated"):
+    with pytest.raises(GuardStop, match="step 3: sft/loss is too high; nothing was updated"):
         train(tmp_path / "stop", groups, monkeypatch, Trips(GuardAction.stop, 3))
     assert json.loads((tmp_path / "stop/runs/run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
