@@ -183,7 +183,7 @@ def test_finding_7_training_memory_is_free_before_an_engine_asks_for_its_own(mon
     config = MagicMock()
     config.rollout.num_prompts_per_step = config.rollout.num_samples_per_prompt = 2
     config.train.global_batch_size, config.train.num_epochs_per_step = 4, 1
-    rl.Reinforcement(config, MagicMock(), MagicMock())
+    rl.RLTrainer(config, MagicMock(), MagicMock())
     assert told == ["free", "engine"]
 
 

@@ -42,8 +42,9 @@ def config(**given: Any) -> Config:
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_micro_batches_are_multiples(fp8: Fp8Format | None, recipe: Fp8Recipe | None, sequence_parallel: bool) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=sequence_parallel)
-    # Each of the 4 parts of a micro-batch, or the whole, is a multiple of 16, of 32 for mxfp8 whose blocks are so long.
-    unit = 1 if fp8 is None else 32 if recipe is Fp8Recipe.mxfp8 else 16
+    # Each of the 4 parts of a micro-batch, or the whole, is a multiple of 16; of 32 for mxfp8 and of 128 for blockwise,
+    # whose blocks are so long.
+    unit = 1 if fp8 is None else {Fp8Recipe.mxfp8: 32, Fp8Recipe.blockwise: 128}.get(recipe, 16)
     assert token_multiple(ModelConfig(fp8=fp8, fp8_recipe=recipe), parallel) == unit * (4 if sequence_parallel else 1)
 
 
