@@ -4,6 +4,7 @@ Importing this room prepares Megatron-Core for the device, so every room that im
 first. With CUDA nothing is changed. Without it, `cpu.py` makes core run on CPU tensors and gloo.
 """
 
+import logging
 import os
 import warnings
 
@@ -17,6 +18,16 @@ HAS_CUDA = torch.cuda.is_available()
 warnings.filterwarnings("ignore", module=r"megatron\.core\.")
 # It calls collectives by names that the newest torch calls deprecated, at every first use.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+
+_LEFT_UNSAID = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+}
+"""What core logs of its own future at every start, by logger and beginning: nothing that a user can act on."""
+
+for _logger, _beginning in _LEFT_UNSAID.items():
+    logging.getLogger(_logger).addFilter(lambda record, text=_beginning: not record.getMessage().startswith(text))  # type: ignore[misc]
 
 if not HAS_CUDA:
     prepare_megatron_for_cpu()
