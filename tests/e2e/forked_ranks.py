@@ -23,9 +23,9 @@ _PARENT = """
 import json, os, sys
 import megatron_rl.trainer.run
 from megatron_rl.cli.main import main
-from megatron_rl.rollout.isolation import guest
+from megatron_rl.rollout.isolation import isolated
 
-with guest():  # as a rank imports it, see rollout/engine.py
+with isolated():  # as a rank imports it, see rollout/engine.py
     import megatron_rl.rollout.llm
 
 for line in sys.stdin:
