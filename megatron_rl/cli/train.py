@@ -35,10 +35,9 @@ from megatron_rl.data.preferences import load_preferences
 from megatron_rl.models.capabilities import capabilities
 from megatron_rl.models.choices import asks_for_hardware, check_engines, choose
 from megatron_rl.models.families import check_family, family_of
-from megatron_rl.objectives.choices import resolve_choices
 from megatron_rl.placement.layout import Layout, layout_of
 from megatron_rl.rewards.references import check_references
-from megatron_rl.rewards.scoring import BoundReward
+from megatron_rl.rewards.scoring import BoundReward, resolve_rewards
 from megatron_rl.rollout.hosting import FOLDER_VARIABLE, end_hosts
 from megatron_rl.runs.directory import RunDirectory
 from megatron_rl.weights.files.hf_checkpoint import HFCheckpointFiles
@@ -179,8 +178,12 @@ def check_run(config: Config, *, generates: bool, with_data: bool = True) -> dic
         UserError: the first thing that cannot be used.
     """
     check_model_files(Path(config.model.hf_path), weights=config.model.load_weights)
-    rewards = resolve_choices(config)
-    return check_data(config, rewards, as_prompts=generates) if with_data else {}
+    rewards = resolve_rewards(config.rewards)
+    rows = check_data(config, rewards, as_prompts=generates) if with_data else {}
+    from megatron_rl.objectives.choices import resolve_choices  # imports torch, which what is above need not wait for
+
+    resolve_choices(config)
+    return rows
 
 
 def check_model_files(folder: Path, *, weights: bool) -> None:

@@ -138,11 +138,13 @@ def load_tokenizer(hf_path: str | Path, key: str = "model.hf_path") -> Any:
     Raises:
         UserError: no tokenizer that can be read; transformers reads it otherwise than tokenizer.json says.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     file = Path(hf_path) / "tokenizer.json"
     try:
         if not file.is_file():
+            from transformers import AutoTokenizer  # imports torch
+
             return AutoTokenizer.from_pretrained(hf_path, trust_remote_code=False)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(hf_path, local_files_only=True)
         reason = _differs(tokenizer, file)
