@@ -62,7 +62,7 @@ def test_the_reference_is_worth_comparing_with(reference: Results) -> None:
     for name in ("ppo_clip", "gspo", "cispo"):
         assert 0 < reference[name]["policy/clip_fraction"] < 1, name
     advantages = [tuple(row.values()) for name, row in reference.items() if "advantage_0" in row]
-    assert len(set(advantages)) == len(advantages) == 21  # 7 estimators, 3 ways to whiten
+    assert len(set(advantages)) == len(advantages) == 24  # 8 estimators, 3 ways to whiten
 
 
 def of_transformers(folder: Path) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:

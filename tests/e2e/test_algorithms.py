@@ -16,7 +16,7 @@ from tests.e2e.runs import Run, repeatable
 
 PRESETS = Path(__file__).parents[2] / "configs" / "algorithms"
 ONLINE = ["a2c", "cispo", "dapo", "dr_grpo", "exact_distillation", "grpo", "gspo", "gspo_token"]
-ONLINE += ["on_policy_distillation", "ppo", "ppo_shared", "ppo_trajectory", "reinforce"]
+ONLINE += ["on_policy_distillation", "opo", "ppo", "ppo_shared", "ppo_trajectory", "reinforce"]
 ONLINE += ["reinforce_baseline", "reinforce_batch_norm", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "rloo"]
 WITH_CRITIC = ("a2c", "gspo_token", "ppo", "ppo_shared")
 OF_PAIRS = ["dpo", "ipo", "orpo", "simpo", "slic"]

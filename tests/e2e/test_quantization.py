@@ -148,7 +148,7 @@ def computed_as_stored(rank: int, folder: Path) -> dict[str, Tensor]:
     hf_path = folder / "runs/run/hf"
     ids = np.array(SEQUENCES[2])
     row = pack([TrainingSequence(ids, np.ones(len(ids) - 1, dtype=np.float32))], range(1), pad_to_multiple=1)
-    calibration = command._calibration_rows(load_config(folder / "run.yaml", []), hf_path, 128)
+    calibration = command._calibration_micro_batches(load_config(folder / "run.yaml", []), hf_path, 128)
     found = {}
     for format in LARGEST:
         settings = ModelConfig(hf_path=str(hf_path), params_dtype=Dtype.float32)
