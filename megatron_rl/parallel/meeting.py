@@ -100,9 +100,7 @@ class Meeting:
         """Whether the meeting has begun, after at most `poll_seconds`."""
         try:
             self._store.wait([key], self._poll)
-        except (
-            RuntimeError
-        ):  # not within `poll_seconds`; kinds of stores say it differently. One that is gone says so now
+        except RuntimeError:  # not within `poll_seconds`, which kinds of stores say differently; or the store is gone
             return self._store.check([key])
         return True
 

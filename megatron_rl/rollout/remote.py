@@ -209,7 +209,8 @@ class RemoteEngine:
         Raises:
             EngineLost: the server does not answer, or generates nothing.
         """
-        num_done, tokens, moved_at, unanswered = 0, -1.0, time.monotonic(), 0
+        num_done, moved_at, unanswered = 0, time.monotonic(), 0
+        tokens: float | None = None
         while True:
             done, running = wait(futures, _LOOK_SECONDS, return_when=FIRST_EXCEPTION)
             now = time.monotonic()
@@ -225,7 +226,7 @@ class RemoteEngine:
                 if unanswered == _UNANSWERED:
                     raise
                 continue
-            if generated != tokens:
+            if generated is None or generated != tokens:
                 on_progress(0)
                 tokens, moved_at = generated, now
             elif now - moved_at > self._stall_seconds:
@@ -236,10 +237,11 @@ class RemoteEngine:
                     f"with {len(running)} requests unfinished"
                 )
 
-    def _generated_tokens(self) -> float:
-        """Tokens that the server has generated since it was started, by its own count."""
+    def _generated_tokens(self) -> float | None:
+        """Tokens that the server has generated since it was started; None: it does not count (disable_log_stats)."""
         text = self.server.address.get_text("/metrics", timeout_seconds=_LOOK_SECONDS)
-        return sum(float(count) for count in _GENERATED.findall(text))
+        counts = _GENERATED.findall(text)
+        return sum(map(float, counts)) if counts else None
 
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         params: dict[str, Any] = {
